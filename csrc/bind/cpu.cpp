@@ -1,0 +1,216 @@
+// rnnkern._cpu: integers from Python -> problem structs, statuses -> exceptions. Nothing else happens here.
+//
+// Every tensor is an address (0: absent); shapes stand in core/problem.h. The caller keeps the tensors
+// alive, contiguous where that file says so, and large enough; python/rnnkern/ops.py is the one caller.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <new>
+#include <string>
+
+#include "cpu/driver.h"
+
+namespace py = pybind11;
+using namespace rnnkern;
+
+namespace {
+
+template <class V>
+V* pointer(const py::handle& address) {
+  return reinterpret_cast<V*>(address.cast<uintptr_t>());
+}
+
+int64_t integer(const py::handle& value) { return value.cast<int64_t>(); }
+
+Rows rows(const py::tuple& strides) { return {integer(strides[0]), integer(strides[1])}; }
+
+// (T, B, active, order, offset, resets, resets_stride_t, resets_stride_b)
+Sequence sequence(const py::tuple& t) {
+  Sequence s{};
+  s.T = integer(t[0]);
+  s.B = integer(t[1]);
+  s.active = pointer<const int64_t>(t[2]);
+  s.order = pointer<const int64_t>(t[3]);
+  s.offset = pointer<const int64_t>(t[4]);
+  s.resets = pointer<const uint8_t>(t[5]);
+  s.resets_rows = {integer(t[6]), integer(t[7])};
+  return s;
+}
+
+// (H, P, x_rows, y_rows, y_width)
+template <class Problem>
+void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes, const py::tuple& directions) {
+  p.seq = sequence(seq);
+  p.H = integer(sizes[0]);
+  p.P = integer(sizes[1]);
+  p.x_rows = rows(sizes[2]);
+  p.y_rows = rows(sizes[3]);
+  p.y_width = integer(sizes[4]);
+  p.D = static_cast<int64_t>(directions.size());
+  if (p.D > kMaxDirections) throw py::value_error("directions: at most 2");
+}
+
+// (reverse, R, b, W_hr, x, h0, c0, reset_h, reset_c, hn, cn, y, h_prev, saved)
+template <class T>
+ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, bool training,
+                                  const py::tuple& directions) {
+  ForwardProblem<T> p{};
+  set_sizes(p, seq, sizes, directions);
+  p.training = training;
+  for (size_t d = 0; d < directions.size(); ++d) {
+    const auto t = directions[d].cast<py::tuple>();
+    p.dir[d] = {t[0].cast<bool>(),
+                pointer<const T>(t[1]),
+                pointer<const T>(t[2]),
+                pointer<const T>(t[3]),
+                pointer<T>(t[4]),
+                {pointer<const T>(t[5]), pointer<const T>(t[6])},
+                {pointer<const T>(t[7]), pointer<const T>(t[8])},
+                {pointer<T>(t[9]), pointer<T>(t[10])},
+                pointer<T>(t[11]),
+                pointer<T>(t[12]),
+                pointer<T>(t[13])};
+  }
+  return p;
+}
+
+// (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn, dx, extra, dh, dh0, dc0, dreset_h, dreset_c)
+template <class T>
+BackwardProblem<T> backward_problem(const py::tuple& seq, const py::tuple& sizes,
+                                    const py::tuple& directions) {
+  BackwardProblem<T> p{};
+  set_sizes(p, seq, sizes, directions);
+  for (size_t d = 0; d < directions.size(); ++d) {
+    const auto t = directions[d].cast<py::tuple>();
+    p.dir[d] = {t[0].cast<bool>(),
+                pointer<const T>(t[1]),
+                pointer<const T>(t[2]),
+                pointer<const T>(t[3]),
+                pointer<const T>(t[4]),
+                pointer<const T>(t[5]),
+                pointer<const T>(t[6]),
+                {pointer<const T>(t[7]), pointer<const T>(t[8])},
+                pointer<T>(t[9]),
+                pointer<T>(t[10]),
+                pointer<T>(t[11]),
+                {pointer<T>(t[12]), pointer<T>(t[13])},
+                {pointer<T>(t[14]), pointer<T>(t[15])}};
+  }
+  return p;
+}
+
+void raise(Status status) {
+  switch (status) {
+    case Status::ok: return;
+    case Status::out_of_memory: throw std::bad_alloc();  // MemoryError
+    case Status::unknown_cell: throw py::value_error("cell: no such index in the registry");
+    case Status::bad_problem: throw py::value_error("problem: sizes out of range for this cell");
+  }
+}
+
+template <class T>
+void forward(int cell, int threads, const py::tuple& seq, const py::tuple& sizes, bool training,
+             const py::tuple& directions) {
+  const ForwardProblem<T> p = forward_problem<T>(seq, sizes, training, directions);
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = run_forward<T>(cell, p, threads);
+  }
+  raise(status);
+}
+
+template <class T>
+void backward(int cell, int threads, const py::tuple& seq, const py::tuple& sizes,
+              const py::tuple& directions) {
+  const BackwardProblem<T> p = backward_problem<T>(seq, sizes, directions);
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = run_backward<T>(cell, p, threads);
+  }
+  raise(status);
+}
+
+template <class T>
+py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D, bool back) {
+  if (cell < 0 || cell >= cell_count()) raise(Status::unknown_cell);
+  const T some = 0;  // only whether there is a projection counts
+  const auto sized = [&](auto problem) {
+    problem.seq.T = T_;
+    problem.seq.B = B;
+    problem.H = H;
+    problem.P = P;
+    problem.D = D;
+    if (P != H) problem.dir[0].W_hr = &some;
+    return problem;
+  };
+  const Plan chosen = back ? plan_backward<T>(cell, sized(BackwardProblem<T>{}), threads)
+                           : plan_forward<T>(cell, sized(ForwardProblem<T>{}), threads);
+  py::dict d;
+  d["threads"] = chosen.threads();
+  d["direction_groups"] = chosen.direction_groups;
+  d["row_groups"] = chosen.row_groups;
+  d["unit_groups"] = chosen.unit_groups;
+  d["step_microseconds"] = chosen.step_microseconds;
+  return d;
+}
+
+const char* extra_name(Extra extra) {
+  switch (extra) {
+    case Extra::none: return "none";
+    case Extra::recurrent_gradient: return "recurrent_gradient";
+    case Extra::operand: return "operand";
+    case Extra::output: return "output";
+  }
+  return "";
+}
+
+py::list cells() {
+  py::list list;
+  for (int i = 0; i < cell_count(); ++i) {
+    const CellInfo info = cell_info(i);
+    py::dict d;
+    d["name"] = info.name;
+    d["gates"] = info.gates;
+    d["states"] = info.states;
+    d["saved"] = info.saved;
+    d["phases"] = info.phases;
+    d["last_phase"] = info.last_phase;
+    d["extra"] = extra_name(info.extra);
+    d["projects"] = info.projects;
+    list.append(d);
+  }
+  return list;
+}
+
+py::list supported_isas() {
+  py::list list;
+  for (int i = 0; supported_isa(i); ++i) list.append(supported_isa(i));
+  return list;
+}
+
+void pin_isa(const std::string& name) {
+  if (select_isa(name.c_str())) return;
+  std::string message = "RNNKERN_ISA: '" + name + "' is unknown or not supported by this CPU; supported:";
+  for (int i = 0; supported_isa(i); ++i) message += std::string(i ? ", " : " ") + supported_isa(i);
+  throw py::value_error(message);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "rnnkern's CPU kernels";
+  m.def("cells", &cells);
+  m.def("isa", &current_isa);
+  m.def("supported_isas", &supported_isas);
+  m.def("select_isa", &pin_isa);
+  m.def("forward_float32", &forward<float>);
+  m.def("forward_float64", &forward<double>);
+  m.def("backward_float32", &backward<float>);
+  m.def("backward_float64", &backward<double>);
+  m.def("plan_float32", &plan<float>);
+  m.def("plan_float64", &plan<double>);
+  const char* isa = std::getenv("RNNKERN_ISA");
+  if (isa && *isa) pin_isa(isa);
+}

@@ -1,0 +1,267 @@
+// The backward time loop of one layer (backpropagation through time; Werbos 1990).
+//
+// It visits the steps in the opposite order of forward. One step: the product of the dr that the step
+// before left, dh' = Rᵀ dr, completes the gradient of the state between the two steps; that gradient
+// enters this step, or leaves the recurrence where the state was a row's initial or reset state; dy is
+// added; and the phases run in reverse. dr is kept in two slots, because a group reads the one while it
+// writes the other. One visit more than there are steps hands out the gradients of the initial states.
+#pragma once
+
+#include "cpu/loop.h"
+
+namespace rnnkern {
+namespace {
+
+template <class Cell, class T>
+class BackwardLoop {
+  static constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved, F = Cell::phases;
+  static constexpr int L = Pack<T>::lanes;
+  using P = Pack<T>;
+
+ public:
+  // Lays the scratch out in `base`; null only measures it (see scratch_elements).
+  BackwardLoop(const BackwardProblem<T>& problem, T* base)
+      : p_(problem), projects_(problem.dir[0].W_hr) {
+    Carver<T> carver{base};
+    const int64_t H = p_.H, B = p_.seq.B;
+    for (int d = 0; d < p_.D; ++d) {
+      Direction& s = dir_[d];
+      s.first = transposed(carver, phase_gates<Cell, 0> * H, p_.P);
+      if (F == 2) s.second = transposed(carver, phase_gates<Cell, F - 1> * H, H);
+      if (projects_) s.projection = transposed(carver, p_.P, H);
+      s.dr[0] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
+      s.dr[1] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
+      if (!projects_) s.dh_direct = Matrix<T>::carve(carver, B, H);
+      if (S == 2) s.dc = Matrix<T>::carve(carver, B, H);
+      if (F == 2) {
+        s.dr_second = Matrix<T>::carve(carver, B, phase_gates<Cell, F - 1> * H);
+        s.dh = Matrix<T>::carve(carver, B, H);
+      }
+      if (projects_) s.dh = Matrix<T>::carve(carver, B, p_.P);
+    }
+    scratch_elements_ = carver.used;
+  }
+
+  int64_t scratch_elements() const { return scratch_elements_; }
+
+  Work work() const {
+    const Direction& s = dir_[0];
+    Work w{};
+    w.T = p_.seq.T;
+    w.B = p_.seq.B;
+    w.D = p_.D;
+    w.weights = G * p_.H * p_.P + (projects_ ? p_.H * p_.P : 0);
+    w.outputs = 2 * G * p_.H + (projects_ ? p_.P : 0);
+    w.panels = s.first.panels(p_.P);
+    if (F == 2) w.panels = minimum(w.panels, s.second.panels(p_.H));
+    if (projects_) w.panels = minimum(w.panels, s.projection.panels(p_.H));
+    w.stages = F + (projects_ ? 1 : 0);
+    w.element_bytes = sizeof(T);
+    w.vector_bytes = kVectorBytes;
+    return w;
+  }
+
+  // Run by every thread of the team.
+  void run(const Plan& plan, Barrier* barriers, int rank) {
+    const Place place(plan, rank);
+    const Range mine = part(p_.D, place.direction_group, plan.direction_groups);
+    for (int64_t d = mine.begin; d < mine.end; ++d) prepare(static_cast<int>(d), place);
+    if (plan.threads() > 1) barriers[0].wait();
+    Barrier* barrier = plan.unit_groups > 1 ? &barriers[place.barrier()] : nullptr;
+    for (int64_t d = mine.begin; d < mine.end; ++d) time_loop(static_cast<int>(d), place, barrier);
+  }
+
+ private:
+  struct Direction {
+    Weights<T, 1> first, second, projection;  // transposed
+    Matrix<T> dr[2];      // [B, gates of phase 0, H]
+    Matrix<T> dr_second;  // [B, gates of phase 1, H]
+    Matrix<T> dh_direct;  // [B,H] gradient of h' that does not come through a product
+    Matrix<T> dh;         // [B,H] gradient of h for the later phases, or [B,P] before the projection
+    Matrix<T> dc;         // [B,H]
+  };
+
+  struct Step {
+    int64_t t, rows;            // this step; rows = 0 in the visit after the last
+    int64_t t_prev, rows_prev;  // the step visited before it; rows_prev = 0 in the first visit
+    int slot;                   // where its dr is
+  };
+
+  static Weights<T, 1> transposed(Carver<T>& carver, int64_t operand, int64_t units) {
+    return {operand, units, carver.take(Weights<T, 1>::size(operand, units))};
+  }
+
+  void prepare(int d, const Place& place) {
+    Direction& s = dir_[d];
+    const BackwardDirection<T>& io = p_.dir[d];
+    const auto pack = [&](const Weights<T, 1>& w, const T* R, int64_t ldr) {
+      const Range mine = part(w.panels(w.N), place.index, place.count);
+      w.pack_columns(R, ldr, mine.begin, mine.end);
+    };
+    pack(s.first, io.R, p_.P);
+    if (F == 2) pack(s.second, io.R + Cell::first[F - 1] * p_.H * p_.P, p_.P);
+    if (projects_) pack(s.projection, io.W_hr, p_.H);
+    // A row of length zero hands its final state's gradient through.
+    const Range rows = part(p_.seq.B, place.index, place.count);
+    for (int64_t j = maximum(rows.begin, p_.seq.rows_at(0)); j < rows.end; ++j) {
+      for (int k = 0; k < S; ++k) {
+        if (!io.dfinal[k]) continue;
+        const int64_t width = state_width(k), at = p_.seq.batch_row(j) * width;
+        std::memcpy(io.dinitial[k] + at, io.dfinal[k] + at, static_cast<size_t>(width) * sizeof(T));
+      }
+    }
+  }
+
+  int64_t state_width(int k) const { return k == 0 ? p_.P : p_.H; }
+
+  void time_loop(int d, const Place& place, Barrier* barrier) {
+    const bool reverse = p_.dir[d].reverse;
+    Step step{};
+    step.t = -1;
+    for (int64_t s = 0; s <= p_.seq.T; ++s) {
+      step.t_prev = step.t;
+      step.rows_prev = step.rows;
+      step.t = reverse ? s : p_.seq.T - 1 - s;
+      step.rows = s < p_.seq.T ? p_.seq.rows_at(step.t) : 0;
+      if (step.rows == 0 && step.rows_prev == 0) continue;
+      if (projects_) {
+        enter_projected(d, step, place);
+        if (barrier) barrier->wait();
+        unproject(d, step, place);
+      } else {
+        enter(d, step, place);
+      }
+      if (barrier) barrier->wait();
+      if constexpr (F == 2) {
+        first_phase(d, step, place);
+        if (barrier) barrier->wait();
+      }
+      step.slot ^= 1;
+    }
+  }
+
+  // The state gradient that comes out of the step visited before, and this step's last phase.
+  void enter(int d, const Step& step, const Place& place) {
+    const Direction& s = dir_[d];
+    run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
+              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+                P dh = P::load(r);
+                if (j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
+                dh = flow(d, 0, step, j, u, n, dh);
+                const P dc = flow_c(d, step, j, u, n);
+                if (j < step.rows) last_phase(d, step, j, u, n, dh + load_dy(d, step, j, u, n), dc);
+              });
+  }
+
+  void enter_projected(int d, const Step& step, const Place& place) {
+    const Direction& s = dir_[d];
+    const BackwardDirection<T>& io = p_.dir[d];
+    run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
+              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+                P dh = flow(d, 0, step, j, u, n, P::load(r));
+                if (j >= step.rows) return;
+                dh = dh + load_dy(d, step, j, u, n);
+                store(s.dh.row(j) + u, dh, n);
+                store(io.dh + p_.seq.data_row(p_.x_rows, step.t, j) * p_.P + u, dh, n);
+              });
+  }
+
+  void unproject(int d, const Step& step, const Place& place) {
+    const Direction& s = dir_[d];
+    run_stage(s.projection, s.dh, place, step.rows, maximum(step.rows, step.rows_prev),
+              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+                const P dc = flow_c(d, step, j, u, n);
+                if (j < step.rows) last_phase(d, step, j, u, n, P::load(r), dc);
+              });
+  }
+
+  RNNKERN_INLINE P load_dy(int d, const Step& step, int64_t j, int64_t u, int n) {
+    const T* dy = p_.dir[d].dy;
+    return dy ? load(dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.y_width + u, n) : P(T(0));
+  }
+
+  RNNKERN_INLINE P flow_c(int d, const Step& step, int64_t j, int64_t u, int n) {
+    if (S < 2) return P(T(0));
+    return flow(d, S - 1, step, j, u, n,
+                j < step.rows_prev ? load(dir_[d].dc.row(j) + u, n) : P(T(0)));
+  }
+
+  // Where the gradient of the state before step t_prev goes; returns what enters step t.
+  RNNKERN_INLINE P flow(int d, int k, const Step& step, int64_t j, int64_t u, int n, P value) {
+    const BackwardDirection<T>& io = p_.dir[d];
+    const int64_t at = p_.seq.batch_row(j) * state_width(k) + u;
+    if (j >= step.rows_prev) return io.dfinal[k] ? load(io.dfinal[k] + at, n) : P(T(0));
+    const bool row_begins = j >= step.rows;  // step t_prev was its first in forward's order
+    const int64_t boundary = row_begins ? 0 : maximum(step.t, step.t_prev);
+    if (!(row_begins && io.reverse) && p_.seq.reset_at(boundary, j)) {
+      T* dreset = io.dreset[k];
+      if (dreset) store(dreset + at, load(dreset + at, n) + value, n);
+      return P(T(0));
+    }
+    if (!row_begins) return value;
+    store(io.dinitial[k] + at, value, n);
+    return P(T(0));
+  }
+
+  RNNKERN_INLINE void last_phase(int d, const Step& step, int64_t j, int64_t u, int n, P dh, P dc) {
+    const Direction& s = dir_[d];
+    BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
+    unit.dnext[0] = dh;
+    if (S == 2) unit.dnext[S - 1] = dc;
+    Cell::template backward<F - 1>(unit);
+    if (Cell::extra != Extra::none && p_.dir[d].extra) {
+      store(p_.dir[d].extra + p_.seq.data_row(p_.x_rows, step.t, j) * p_.H + u, unit.extra, n);
+    }
+    if (F == 2) store(s.dh.row(j) + u, dh, n);
+    store_gradients<F - 1>(d, step, j, u, n, unit);
+  }
+
+  // Phase 0 of a two-phase cell.
+  void first_phase(int d, const Step& step, const Place& place) {
+    const Direction& s = dir_[d];
+    run_stage(s.second, s.dr_second, place, step.rows, step.rows,
+              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+                BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
+                unit.dnext[0] = load(s.dh.row(j) + u, n);
+                unit.dprev[0] = load(s.dh_direct.row(j) + u, n);
+                if (S == 2) unit.dprev[S - 1] = load(s.dc.row(j) + u, n);
+                unit.dq = P::load(r);
+                Cell::template backward<0>(unit);
+                store_gradients<0>(d, step, j, u, n, unit);
+              });
+  }
+
+  RNNKERN_INLINE BackwardUnit<Cell, P> load_unit(int d, const Step& step, int64_t j, int64_t u, int n) {
+    const BackwardDirection<T>& io = p_.dir[d];
+    const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
+    BackwardUnit<Cell, P> unit;
+    for (int g = 0; g < G; ++g) unit.gate[g] = load(io.gates + (row * G + g) * H + u, n);
+    for (int k = 0; k < K; ++k) unit.saved[k] = load(io.saved + (row * K + k) * H + u, n);
+    if (!Cell::projects) unit.h_prev = load(io.h_prev + row * p_.P + u, n);
+    return unit;
+  }
+
+  template <int phase>
+  RNNKERN_INLINE void store_gradients(int d, const Step& step, int64_t j, int64_t u, int n,
+                                      const BackwardUnit<Cell, P>& unit) {
+    constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
+    const Direction& s = dir_[d];
+    const int64_t H = p_.H;
+    T* dx = p_.dir[d].dx + p_.seq.data_row(p_.x_rows, step.t, j) * G * H + u;
+    T* dr = (phase == 0 ? s.dr[step.slot ^ 1] : s.dr_second).row(j) + u;
+    for (int g = g0; g < g1; ++g) {
+      store(dx + g * H, unit.dx[g], n);
+      store(dr + (g - g0) * H, unit.dr[g], n);
+    }
+    if (!projects_) store(s.dh_direct.row(j) + u, unit.dprev[0], n);
+    if (S == 2) store(s.dc.row(j) + u, unit.dprev[S - 1], n);
+  }
+
+  const BackwardProblem<T>& p_;
+  const bool projects_;
+  int64_t scratch_elements_ = 0;
+  Direction dir_[kMaxDirections];
+};
+
+}  // namespace
+}  // namespace rnnkern

@@ -1,0 +1,39 @@
+// The CPU backend as the bindings see it: which ISAs and cells there are, and one call a layer and pass.
+#pragma once
+
+#include "core/cell.h"
+#include "core/problem.h"
+#include "core/status.h"
+#include "cpu/plan.h"
+
+namespace rnnkern {
+
+struct CellInfo {
+  const char* name;
+  int gates, states, saved, phases;
+  int last_phase;  // the first gate of the last phase
+  Extra extra;
+  bool projects;
+};
+
+int cell_count();
+CellInfo cell_info(int cell);
+
+// The ISAs this CPU can run, slowest first; null beyond the last.
+const char* supported_isa(int index);
+const char* current_isa();
+// False if the name is unknown or the CPU cannot run it; then nothing changes.
+bool select_isa(const char* name);
+
+template <class T>
+Status run_forward(int cell, const ForwardProblem<T>& problem, int threads);
+template <class T>
+Status run_backward(int cell, const BackwardProblem<T>& problem, int threads);
+
+// The plan that run_forward and run_backward would choose.
+template <class T>
+Plan plan_forward(int cell, const ForwardProblem<T>& problem, int threads);
+template <class T>
+Plan plan_backward(int cell, const BackwardProblem<T>& problem, int threads);
+
+}  // namespace rnnkern

@@ -1,0 +1,244 @@
+// The forward time loop of one layer.
+//
+// The states of all rows live in small private matrices: h' and the next h in two slots (all threads of a
+// group read the one while they write the other), c in place. A step runs its phases; with a projection
+// one more product follows (Sak et al. 2014: h = W_hr · m, where m is what the cell calls h). Whatever
+// happens between two steps is decided when the state is written: a row that ends goes to the final
+// state, one that is reset gets its reset state, and a row whose first step comes later finds the initial
+// state that was put there at the start.
+#pragma once
+
+#include "cpu/loop.h"
+
+namespace rnnkern {
+namespace {
+
+template <class Cell, class T>
+class ForwardLoop {
+  static_assert(Cell::phases <= 2, "the loop has room for two products");
+  static constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved, F = Cell::phases;
+  static constexpr int L = Pack<T>::lanes;
+  using P = Pack<T>;
+
+ public:
+  // Lays the scratch out in `base`; null only measures it (see scratch_elements).
+  ForwardLoop(const ForwardProblem<T>& problem, T* base) : p_(problem), projects_(problem.dir[0].W_hr) {
+    Carver<T> carver{base};
+    for (int d = 0; d < p_.D; ++d) {
+      Direction& s = dir_[d];
+      s.first = {p_.P, p_.H, carver.take(decltype(s.first)::size(p_.P, p_.H))};
+      if constexpr (F == 2) s.second = {p_.H, p_.H, carver.take(decltype(s.second)::size(p_.H, p_.H))};
+      if (projects_) s.projection = {p_.H, p_.P, carver.take(Weights<T, 1>::size(p_.H, p_.P))};
+      s.h[0] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
+      s.h[1] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
+      if (S == 2) s.c = Matrix<T>::carve(carver, p_.seq.B, p_.H);
+      if (F == 2 || projects_) s.operand = Matrix<T>::carve(carver, p_.seq.B, p_.H);
+    }
+    scratch_elements_ = carver.used;
+  }
+
+  int64_t scratch_elements() const { return scratch_elements_; }
+
+  Work work() const {
+    const Direction& s = dir_[0];
+    Work w{};
+    w.T = p_.seq.T;
+    w.B = p_.seq.B;
+    w.D = p_.D;
+    w.weights = G * p_.H * p_.P + (projects_ ? p_.H * p_.P : 0);
+    w.outputs = G * p_.H + (projects_ ? p_.P : 0);
+    w.panels = s.first.panels(p_.H);
+    if constexpr (F == 2) w.panels = minimum(w.panels, s.second.panels(p_.H));
+    if (projects_) w.panels = minimum(w.panels, s.projection.panels(p_.P));
+    w.stages = F + (projects_ ? 1 : 0);
+    w.element_bytes = sizeof(T);
+    w.vector_bytes = kVectorBytes;
+    return w;
+  }
+
+  // Run by every thread of the team.
+  void run(const Plan& plan, Barrier* barriers, int rank) {
+    const Place place(plan, rank);
+    const Range mine = part(p_.D, place.direction_group, plan.direction_groups);
+    for (int64_t d = mine.begin; d < mine.end; ++d) prepare(static_cast<int>(d), place);
+    if (plan.threads() > 1) barriers[0].wait();
+    Barrier* barrier = plan.unit_groups > 1 ? &barriers[place.barrier()] : nullptr;
+    for (int64_t d = mine.begin; d < mine.end; ++d) time_loop(static_cast<int>(d), place, barrier);
+  }
+
+ private:
+  struct Direction {
+    Weights<T, phase_gates<Cell, 0>> first;
+    Weights<T, phase_gates<Cell, F - 1>> second;
+    Weights<T, 1> projection;
+    Matrix<T> h[2];     // [B,P] h' and the next h
+    Matrix<T> c;        // [B,H]
+    Matrix<T> operand;  // [B,H] q of a two-phase cell, or m before the projection
+  };
+
+  struct Step {
+    int64_t t, rows;            // this step
+    int64_t t_next, rows_next;  // the step that runs after it; rows_next = 0 after the last
+    int slot;                   // where h' is
+  };
+
+  // Packs this thread's part of the weights and sets the states of its part of the rows.
+  void prepare(int d, const Place& place) {
+    Direction& s = dir_[d];
+    const ForwardDirection<T>& io = p_.dir[d];
+    const auto pack = [&](auto& w, const T* R, int64_t ldr, const T* b) {
+      const Range mine = part(w.panels(w.N), place.index, place.count);
+      w.pack_rows(R, ldr, b, mine.begin, mine.end);
+    };
+    pack(s.first, io.R, p_.P, io.b);
+    if constexpr (F == 2) {
+      const int64_t gate = Cell::first[1] * p_.H;
+      pack(s.second, io.R + gate * p_.P, p_.P, io.b ? io.b + gate : nullptr);
+    }
+    if (projects_) pack(s.projection, io.W_hr, p_.H, nullptr);
+    const Range rows = part(p_.seq.B, place.index, place.count);
+    for (int64_t j = rows.begin; j < rows.end; ++j) set_initial(d, j);
+  }
+
+  void set_initial(int d, int64_t j) {
+    Direction& s = dir_[d];
+    const ForwardDirection<T>& io = p_.dir[d];
+    const int64_t b = p_.seq.batch_row(j);
+    const bool runs = j < p_.seq.rows_at(0);
+    const bool reset = runs && !io.reverse && p_.seq.reset_at(0, j);
+    for (int k = 0; k < S; ++k) {
+      const int64_t width = state_width(k), bytes = width * static_cast<int64_t>(sizeof(T));
+      const T* from = (reset ? io.reset[k] : io.initial[k]);
+      T* to = k == 0 ? s.h[0].row(j) : s.c.row(j);
+      if (!runs) to = io.final[k] + b * width;
+      if (from) {
+        std::memcpy(to, from + b * width, static_cast<size_t>(bytes));
+      } else {
+        std::memset(to, 0, static_cast<size_t>(bytes));
+      }
+      if (k > 0 || !runs) continue;
+      std::memcpy(s.h[1].row(j), to, static_cast<size_t>(bytes));
+      if (io.h_prev) {
+        const int64_t t = io.reverse ? last_step(j) : 0;
+        std::memcpy(io.h_prev + p_.seq.data_row(p_.x_rows, t, j) * p_.P, to, static_cast<size_t>(bytes));
+      }
+    }
+  }
+
+  // The last step at which row j runs.
+  int64_t last_step(int64_t j) const {
+    int64_t low = 0, high = p_.seq.T;  // active[low] > j, active[high] <= j
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (p_.seq.rows_at(middle) > j ? low : high) = middle;
+    }
+    return low;
+  }
+
+  int64_t state_width(int k) const { return k == 0 ? p_.P : p_.H; }
+
+  void time_loop(int d, const Place& place, Barrier* barrier) {
+    const bool reverse = p_.dir[d].reverse;
+    int slot = 0;
+    for (int64_t s = 0; s < p_.seq.T; ++s) {
+      Step step;
+      step.t = reverse ? p_.seq.T - 1 - s : s;
+      step.t_next = reverse ? step.t - 1 : step.t + 1;
+      step.rows = p_.seq.rows_at(step.t);
+      step.rows_next = s + 1 < p_.seq.T ? p_.seq.rows_at(step.t_next) : 0;
+      step.slot = slot;
+      if (step.rows == 0) continue;
+      phase<0>(d, step, place);
+      if (barrier) barrier->wait();
+      if constexpr (F == 2) {
+        phase<1>(d, step, place);
+        if (barrier) barrier->wait();
+      }
+      if (projects_) {
+        project(d, step, place);
+        if (barrier) barrier->wait();
+      }
+      slot ^= 1;
+    }
+  }
+
+  template <int phase_index>
+  void phase(int d, const Step& step, const Place& place) {
+    constexpr int g0 = Cell::first[phase_index], g1 = Cell::first[phase_index + 1];
+    constexpr bool is_last = phase_index == F - 1;
+    const Direction& s = dir_[d];
+    const ForwardDirection<T>& io = p_.dir[d];
+    const int64_t H = p_.H;
+    const Matrix<T>& operand = phase_index == 0 ? s.h[step.slot] : s.operand;
+    const auto emit = [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+      const int64_t row = p_.seq.data_row(p_.x_rows, step.t, j);
+      ForwardUnit<Cell, P> unit;
+      T* x = io.x + row * G * H + u;
+      for (int g = 0; g < g1; ++g) unit.gate[g] = load(x + g * H, n);
+      for (int g = g0; g < g1; ++g) unit.r[g] = P::load(r + (g - g0) * L);
+      if (!Cell::projects) unit.prev[0] = load(s.h[step.slot].row(j) + u, n);
+      if (S == 2) unit.prev[S - 1] = load(s.c.row(j) + u, n);
+      Cell::template forward<phase_index>(unit);
+      if (p_.training || !is_last) {
+        for (int g = g0; g < g1; ++g) store(x + g * H, unit.gate[g], n);
+      }
+      if constexpr (!is_last) {
+        store(s.operand.row(j) + u, unit.q, n);
+      } else {
+        if (p_.training) {
+          for (int k = 0; k < K; ++k) store(io.saved + (row * K + k) * H + u, unit.saved[k], n);
+        }
+        if (S == 2) put_state(d, S - 1, step, j, u, n, unit.next[S - 1]);
+        if (projects_) {
+          store(s.operand.row(j) + u, unit.next[0], n);
+        } else {
+          put_state(d, 0, step, j, u, n, unit.next[0]);
+        }
+      }
+    };
+    if constexpr (phase_index == 0) {
+      run_stage(s.first, operand, place, step.rows, step.rows, emit);
+    } else {
+      run_stage(s.second, operand, place, step.rows, step.rows, emit);
+    }
+  }
+
+  void project(int d, const Step& step, const Place& place) {
+    run_stage(dir_[d].projection, dir_[d].operand, place, step.rows, step.rows,
+              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+                put_state(d, 0, step, j, u, n, P::load(r));
+              });
+  }
+
+  // Writes state k (0: h, 1: c) of row j after this step to wherever it is needed next.
+  RNNKERN_INLINE void put_state(int d, int k, const Step& step, int64_t j, int64_t u, int n, P value) {
+    const Direction& s = dir_[d];
+    const ForwardDirection<T>& io = p_.dir[d];
+    const int64_t width = state_width(k);
+    if (k == 0) store(io.y + p_.seq.data_row(p_.y_rows, step.t, j) * p_.y_width + u, value, n);
+    if (j >= step.rows_next) {
+      store(io.final[k] + p_.seq.batch_row(j) * width + u, value, n);
+      return;
+    }
+    if (p_.seq.reset_at(maximum(step.t, step.t_next), j)) {
+      const T* reset = io.reset[k];
+      value = reset ? load(reset + p_.seq.batch_row(j) * width + u, n) : P(T(0));
+    }
+    if (k == 0) {
+      store(s.h[step.slot ^ 1].row(j) + u, value, n);
+      if (io.h_prev) {
+        store(io.h_prev + p_.seq.data_row(p_.x_rows, step.t_next, j) * p_.P + u, value, n);
+      }
+    } else {
+      store(s.c.row(j) + u, value, n);
+    }
+  }
+
+  const ForwardProblem<T>& p_;
+  const bool projects_;
+  int64_t scratch_elements_ = 0;
+  Direction dir_[kMaxDirections];
+};
+
+}  // namespace
+}  // namespace rnnkern

@@ -1,0 +1,84 @@
+// What the forward and the backward time loop share: scratch memory, and a thread's place in the plan.
+#pragma once
+
+#include "core/cell.h"
+#include "core/problem.h"
+#include "cpu/plan.h"
+#include "cpu/team.h"
+#include "cpu/weights.h"
+
+namespace rnnkern {
+namespace {
+
+// Cuts one allocation into arrays. Without memory it only counts, so that the same code first measures
+// and then places.
+template <class T>
+struct Carver {
+  T* base;
+  int64_t used = 0;
+
+  static constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  static int64_t round_up(int64_t n) { return (n + line - 1) / line * line; }
+
+  T* take(int64_t n) {
+    T* p = base ? base + used : nullptr;
+    used += round_up(n);
+    return p;
+  }
+};
+
+// A small state matrix private to the run, [B] rows of `ld` elements, in sorted row order.
+template <class T>
+struct Matrix {
+  T* data = nullptr;
+  int64_t ld = 0;
+
+  static Matrix carve(Carver<T>& carver, int64_t rows, int64_t width) {
+    Matrix m;
+    m.ld = Carver<T>::round_up(width);
+    m.data = carver.take(rows * m.ld);
+    return m;
+  }
+  T* row(int64_t j) const { return data + j * ld; }
+};
+
+// A thread's place: its group of directions, every row_groups-th row, its part of every product's panels.
+// Rows are dealt out in turn because the sorted order puts the long ones first.
+struct Place {
+  int direction_group, row_group, row_groups, unit_group, unit_groups;
+  int index, count;  // among all threads of the direction group
+
+  Place(const Plan& plan, int rank)
+      : row_groups(plan.row_groups), unit_groups(plan.unit_groups) {
+    count = row_groups * unit_groups;
+    direction_group = rank / count;
+    index = rank % count;
+    row_group = index / unit_groups;
+    unit_group = index % unit_groups;
+  }
+  int64_t rows(int64_t n) const {
+    return n > row_group ? (n - row_group + row_groups - 1) / row_groups : 0;
+  }
+  int64_t sorted_row(int64_t m) const { return m * row_groups + row_group; }
+  int barrier() const { return 1 + direction_group * row_groups + row_group; }
+};
+
+// Barrier 0 is the whole team's; then one for every group of threads that exchange states.
+inline int barrier_count(const Plan& plan) { return 1 + plan.direction_groups * plan.row_groups; }
+
+// One product over this thread's rows and panels; emit gets the sorted row.
+template <class T, int NG, class Emit>
+RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand, const Place& place,
+                              int64_t product_rows, int64_t rows, Emit&& emit) {
+  const Range mine = part(w.panels(w.N), place.unit_group, place.unit_groups);
+  run_product(w, operand.row(place.row_group), operand.ld * place.row_groups, place.rows(product_rows),
+              place.rows(rows), mine, [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
+                emit(place.sorted_row(m), u, lanes, r);
+              });
+}
+
+template <class Cell, int phase>
+constexpr int phase_gates = Cell::first[phase + 1] - Cell::first[phase];
+
+}  // namespace
+}  // namespace rnnkern

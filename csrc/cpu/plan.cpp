@@ -1,0 +1,70 @@
+// t_step = max(flops / peak, bytes(weight slice) / bandwidth(level it fits)) + pointwise
+//        + [unit split] · stages · barrier
+//
+// and a call costs T steps, the packing of the weights, and the waking of the team. The constants are of
+// a current server core; they only have to rank the plans of one call against each other.
+#include "cpu/plan.h"
+
+#include <algorithm>
+
+namespace rnnkern {
+namespace {
+
+constexpr double kGigahertz = 3.5;
+constexpr double kBarrier = 0.25;             // µs, two to eight cores of one socket
+constexpr double kTeamStart = 3.0;            // µs, to wake the pool
+constexpr double kPackPerElement = 0.5e-3;    // µs
+constexpr double kPointwisePerOutput = 4e-3;  // µs for one vector of outputs: loads, gate math, stores
+constexpr double kL1 = 32e3, kL2 = 1e6, kL3 = 24e6;                 // bytes of weights each level holds
+constexpr double kL1Rate = 300e3, kL2Rate = 100e3, kL3Rate = 50e3;  // bytes per µs and core
+constexpr double kMemoryRate = 10e3;
+
+double weight_rate(double bytes) {
+  if (bytes <= kL1) return kL1Rate;
+  if (bytes <= kL2) return kL2Rate;
+  return bytes <= kL3 ? kL3Rate : kMemoryRate;
+}
+
+double call_microseconds(const Work& work, Plan& plan) {
+  const double directions = static_cast<double>(work.D) / plan.direction_groups;
+  const double rows = static_cast<double>((work.B + plan.row_groups - 1) / plan.row_groups);
+  const double panels =
+      static_cast<double>((work.panels + plan.unit_groups - 1) / plan.unit_groups) / work.panels;
+  const double elements = static_cast<double>(work.weights) * panels;
+  const double lanes = static_cast<double>(work.vector_bytes) / work.element_bytes;
+  const double flops_per_us = 4e3 * lanes * kGigahertz;  // two fma a cycle
+  const double tiles = (rows + 5) / 6;                   // each streams the slice once
+  const double bytes = elements * work.element_bytes;
+  const double product = std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes));
+  const double pointwise = static_cast<double>(work.outputs) * panels * rows / lanes * kPointwisePerOutput;
+  const double barrier = plan.unit_groups > 1 ? work.stages * kBarrier : 0;
+  plan.step_microseconds = directions * (product + pointwise + barrier);
+  const double pack = static_cast<double>(work.D * work.weights) * kPackPerElement / plan.threads();
+  return static_cast<double>(work.T) * plan.step_microseconds + pack + (plan.threads() > 1 ? kTeamStart : 0);
+}
+
+}  // namespace
+
+Plan make_plan(const Work& work, int threads) {
+  Plan best;
+  double best_time = call_microseconds(work, best);
+  const int max_directions = static_cast<int>(std::min<int64_t>(work.D, threads));
+  for (int d = 1; d <= max_directions; ++d) {
+    for (int r = 1; r <= std::min<int64_t>(work.B, threads / d); ++r) {
+      for (int u = 1; u <= std::min<int64_t>(work.panels, threads / d / r); ++u) {
+        Plan plan;
+        plan.direction_groups = d;
+        plan.row_groups = r;
+        plan.unit_groups = u;
+        const double time = call_microseconds(work, plan);
+        if (time < best_time) {
+          best = plan;
+          best_time = time;
+        }
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace rnnkern

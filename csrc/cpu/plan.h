@@ -1,0 +1,33 @@
+// The plan: how a team of threads shares one layer.
+//
+//   threads = direction_groups × row_groups × unit_groups
+//
+// Directions and batch rows never talk to each other, so a split over them costs nothing but the reading
+// of the same weights by more cores. The threads of one unit split exchange the state at every step and
+// meet at one barrier a stage.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnkern {
+
+// What the cost model needs to know of one call.
+struct Work {
+  int64_t T, B, D;
+  int64_t weights;      // recurrent weight elements of one direction
+  int64_t outputs;      // sum of the outputs of one step's products, per row and direction
+  int64_t panels;       // the fewest panels that any of its products has
+  int stages;           // products, and so barriers, in one step
+  int element_bytes;
+  int vector_bytes;     // of the ISA
+};
+
+struct Plan {
+  int direction_groups = 1, row_groups = 1, unit_groups = 1;
+  double step_microseconds = 0;  // what the model expects of one step
+  int threads() const { return direction_groups * row_groups * unit_groups; }
+};
+
+Plan make_plan(const Work& work, int threads);
+
+}  // namespace rnnkern

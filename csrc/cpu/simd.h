@@ -1,0 +1,156 @@
+// Pack<T>: one SIMD register of T, from GCC/Clang vector extensions, for the ISA this file is compiled for.
+//
+// Everything here has internal linkage: each per-ISA file gets its own copy, so no code of one ISA can
+// be picked by the linker for another. Only fma and the partial load and store are written per ISA.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define RNNKERN_INLINE inline __attribute__((always_inline))
+#define RNNKERN_LAMBDA __attribute__((always_inline))
+
+namespace rnnkern {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+// GCC ignores vector_size on a type that depends on a template parameter, hence one set of names a type.
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float Raw __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t RawInt __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Vector<double> {
+  typedef double Raw __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t RawInt __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+struct Pack {
+  static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
+  using Scalar = T;
+  using Raw = typename Vector<T>::Raw;
+  using RawInt = typename Vector<T>::RawInt;
+
+  Raw v;
+
+  Pack() = default;
+  RNNKERN_INLINE Pack(Raw raw) : v(raw) {}
+  RNNKERN_INLINE explicit Pack(T scalar) : v(scalar - Raw{}) {}
+
+  RNNKERN_INLINE static Pack load(const T* p) {
+    Pack a;
+    std::memcpy(&a.v, p, sizeof(Raw));
+    return a;
+  }
+  RNNKERN_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof(Raw)); }
+
+  RNNKERN_INLINE friend Pack operator+(Pack a, Pack b) { return a.v + b.v; }
+  RNNKERN_INLINE friend Pack operator-(Pack a, Pack b) { return a.v - b.v; }
+  RNNKERN_INLINE friend Pack operator*(Pack a, Pack b) { return a.v * b.v; }
+  RNNKERN_INLINE friend Pack operator/(Pack a, Pack b) { return a.v / b.v; }
+};
+
+// a·b + c, with one rounding where the ISA has it. The build turns implicit contraction off, so a result
+// depends on the ISA alone and never on the tile or the thread that computed it.
+#if defined(__AVX512F__)
+RNNKERN_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
+  return Pack<float>(_mm512_fmadd_ps(a.v, b.v, c.v));
+}
+RNNKERN_INLINE Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) {
+  return Pack<double>(_mm512_fmadd_pd(a.v, b.v, c.v));
+}
+#elif defined(__AVX2__)
+RNNKERN_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
+  return Pack<float>(_mm256_fmadd_ps(a.v, b.v, c.v));
+}
+RNNKERN_INLINE Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) {
+  return Pack<double>(_mm256_fmadd_pd(a.v, b.v, c.v));
+}
+#else
+template <class T>
+RNNKERN_INLINE Pack<T> fma(Pack<T> a, Pack<T> b, Pack<T> c) {
+  return a * b + c;
+}
+#endif
+
+// The first n lanes; the others are zero.
+template <class T>
+RNNKERN_INLINE Pack<T> load_partial(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return Pack<T>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+  } else {
+    return Pack<T>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+  }
+#else
+  T lanes[Pack<T>::lanes] = {};
+  for (int l = 0; l < n; ++l) lanes[l] = p[l];
+  return Pack<T>::load(lanes);
+#endif
+}
+
+template <class T>
+RNNKERN_INLINE void store_partial(T* p, Pack<T> a, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), a.v);
+  }
+#else
+  T lanes[Pack<T>::lanes];
+  a.store(lanes);
+  for (int l = 0; l < n; ++l) p[l] = lanes[l];
+#endif
+}
+
+template <class T>
+RNNKERN_INLINE Pack<T> load(const T* p, int n) {
+  return n == Pack<T>::lanes ? Pack<T>::load(p) : load_partial(p, n);
+}
+
+template <class T>
+RNNKERN_INLINE void store(T* p, Pack<T> a, int n) {
+  if (n == Pack<T>::lanes) {
+    a.store(p);
+  } else {
+    store_partial(p, a, n);
+  }
+}
+
+// The standard library's templates are not used in per-ISA files: their symbols are shared between ISAs.
+RNNKERN_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+RNNKERN_INLINE int64_t maximum(int64_t a, int64_t b) { return a < b ? b : a; }
+RNNKERN_INLINE int64_t clamp(int64_t a, int64_t low, int64_t high) {
+  return maximum(low, minimum(a, high));
+}
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Part `index` of `parts` nearly equal parts of [0, n).
+RNNKERN_INLINE Range part(int64_t n, int64_t index, int64_t parts) {
+  return {n * index / parts, n * (index + 1) / parts};
+}
+
+}  // namespace
+}  // namespace rnnkern

@@ -1,0 +1,101 @@
+#include "cpu/team.h"
+
+#include <algorithm>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#elif defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+#if defined(RNNKERN_STD_THREADS)  // ThreadSanitizer cannot see into libgomp
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace rnnkern {
+namespace {
+
+// About 20 µs on a 4 GHz core: longer than a step of most layers, shorter than a scheduler's time slice.
+constexpr int kSpins = 2000;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+std::atomic<bool> forked_child{false};
+
+struct ForkWatch {
+  ForkWatch() {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { forked_child.store(true, std::memory_order_relaxed); });
+#endif
+  }
+} fork_watch;
+
+}  // namespace
+
+void Barrier::wait() {
+  const uint32_t epoch = epoch_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    epoch_.store(epoch + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; epoch_.load(std::memory_order_acquire) == epoch;) {
+    if (spins < kSpins) {
+      ++spins;
+      relax();
+    } else {
+#if defined(__unix__) || defined(__APPLE__)
+      sched_yield();
+#endif
+    }
+  }
+}
+
+int usable_threads(int requested) {
+  if (forked_child.load(std::memory_order_relaxed)) return 1;
+  int cpus = requested;
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) cpus = CPU_COUNT(&set);
+#endif
+  return std::max(1, std::min(requested, cpus));
+}
+
+void run_team(int threads, TeamBody body, void* context) {
+  if (threads <= 1) return body(0, 1, context);
+#if defined(RNNKERN_STD_THREADS)
+  std::vector<std::thread> team;
+  for (int rank = 1; rank < threads; ++rank) team.emplace_back(body, rank, threads, context);
+  body(0, threads, context);
+  for (std::thread& thread : team) thread.join();
+#elif defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+  {
+    const int rank = omp_get_thread_num();
+    if (omp_get_num_threads() == threads) {
+      body(rank, threads, context);
+    } else if (rank == 0) {
+      body(0, 1, context);
+    }
+  }
+#else
+  body(0, 1, context);
+#endif
+}
+
+}  // namespace rnnkern

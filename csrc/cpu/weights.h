@@ -1,0 +1,166 @@
+// The recurrent product of one phase: packed weights, and the register tile that multiplies by them.
+//
+// Packing. Units are cut into blocks of L lanes, and NU neighbouring blocks with all their NG gates form
+// a panel of NV = NU·NG registers; NU is chosen so that a tile has 3 or 4 registers a row whatever the
+// cell. One panel is contiguous, bias row first, then one row per element k of the operand:
+//
+//            block 0                          block 1 ..
+//            gate 0     gate 1  ..            gate 0  ..
+//   bias  [ L lanes | L lanes | .. | L lanes | .. ]
+//   k = 0 [ L lanes | L lanes | .. ]
+//   k = 1 [ ..
+//
+// so the tile loads NV registers a step of k, in order, and every gate of a unit ends in the same lane.
+// Units beyond the last are zero.
+//
+// Tile. MR operand rows × NV registers of accumulators; MR is what the register file holds. Every output
+// is one chain of fma over k in ascending order, starting from the bias: its value does not depend on the
+// tile it was computed in, so results are the same for every split over threads.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace rnnkern {
+namespace {
+
+template <class T, int MR, int NV>
+void multiply_tile(const T* a, int64_t lda, const T* w, int64_t K, T* out) {
+  constexpr int L = Pack<T>::lanes;
+  Pack<T> acc[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n] = Pack<T>::load(w + n * L);
+  }
+  w += NV * L;
+  for (int64_t k = 0; k < K; ++k, w += NV * L) {
+    Pack<T> row[NV];
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) row[n] = Pack<T>::load(w + n * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const Pack<T> b(a[m * lda + k]);
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) acc[m][n] = fma(b, row[n], acc[m][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < NV; ++n) acc[m][n].store(out + (m * NV + n) * L);
+  }
+}
+
+template <class T, int NG>
+struct Weights {
+  static constexpr int L = Pack<T>::lanes;
+  static constexpr int NU = NG >= 3 ? 1 : 4 / NG;
+  static constexpr int NV = NU * NG;
+  static constexpr int MR = kRegisters == 32 ? (NV == 3 ? 8 : 6) : (NV == 3 ? 4 : 3);
+  static constexpr int units = NU * L;  // units a panel covers
+
+  int64_t K = 0, N = 0;  // operand elements, units
+  T* data = nullptr;     // [panels][1 + K][NU][NG][L]
+
+  static int64_t panels(int64_t N) { return (N + units - 1) / units; }
+  static int64_t size(int64_t K, int64_t N) { return panels(N) * (1 + K) * NV * L; }
+  T* panel(int64_t index) const { return data + index * (1 + K) * NV * L; }
+
+  // Panels [begin, end) from the rows of R: unit n of gate g is row g·N + n, operand element k its column.
+  void pack_rows(const T* R, int64_t ldr, const T* bias, int64_t begin, int64_t end) const {
+    constexpr int64_t chunk = 32;  // columns at a time, so that the scattered stores stay in L1
+    for (int64_t p = begin; p < end; ++p) {
+      for (int v = 0; v < NV; ++v) {
+        const int64_t n0 = p * units + v / NG * L;
+        const int64_t r0 = v % NG * N + n0;
+        T* out = panel(p) + v * L;
+        const int64_t lanes = clamp(N - n0, 0, L);
+        for (int l = 0; l < L; ++l) out[l] = bias && l < lanes ? bias[r0 + l] : T(0);
+      }
+      for (int64_t k0 = 0; k0 < K; k0 += chunk) {
+        const int64_t k1 = minimum(K, k0 + chunk);
+        for (int v = 0; v < NV; ++v) {
+          const int64_t n0 = p * units + v / NG * L;
+          const T* in = R + (v % NG * N + n0) * ldr;
+          T* out = panel(p) + (NV + v) * L;
+          const int64_t lanes = clamp(N - n0, 0, L);
+          for (int64_t l = 0; l < L; ++l) {
+            for (int64_t k = k0; k < k1; ++k) out[k * NV * L + l] = l < lanes ? in[l * ldr + k] : T(0);
+          }
+        }
+      }
+    }
+  }
+
+  // Panels [begin, end) of the transposed product: unit n is column n of R, operand element k its row.
+  void pack_columns(const T* R, int64_t ldr, int64_t begin, int64_t end) const {
+    static_assert(NG == 1, "a transposed product has one output a unit");
+    for (int64_t p = begin; p < end; ++p) {
+      T* out = panel(p);
+      for (int i = 0; i < NV * L; ++i) out[i] = T(0);
+      for (int64_t k = 0; k < K; ++k) {
+        for (int v = 0; v < NV; ++v) {
+          const int64_t n0 = p * units + v * L;
+          const int lanes = static_cast<int>(clamp(N - n0, 0, L));
+          const Pack<T> row = lanes > 0 ? load(R + k * ldr + n0, lanes) : Pack<T>(T(0));
+          row.store(out + ((1 + k) * NV + v) * L);
+        }
+      }
+    }
+  }
+
+  // rows × panel: out[rows][NV][L], rows <= MR.
+  void multiply(const T* a, int64_t lda, int64_t rows, int64_t index, T* out) const {
+    const T* w = panel(index);
+    switch (rows) {
+      case 1: return multiply_tile<T, 1, NV>(a, lda, w, K, out);
+      case 2: return multiply_tile<T, 2, NV>(a, lda, w, K, out);
+      case 3: return multiply_tile<T, 3, NV>(a, lda, w, K, out);
+      default: break;
+    }
+    if constexpr (MR >= 4) {
+      if (rows == 4) return multiply_tile<T, 4, NV>(a, lda, w, K, out);
+    }
+    if constexpr (MR >= 6) {
+      if (rows == 5) return multiply_tile<T, 5, NV>(a, lda, w, K, out);
+      if (rows == 6) return multiply_tile<T, 6, NV>(a, lda, w, K, out);
+    }
+    if constexpr (MR >= 8) {
+      if (rows == 7) return multiply_tile<T, 7, NV>(a, lda, w, K, out);
+      if (rows == 8) return multiply_tile<T, 8, NV>(a, lda, w, K, out);
+    }
+  }
+};
+
+// Runs one product for the panels in `mine` and the rows [0, rows) of `a`, and hands every finished block
+// of units to emit(row, unit, lanes, r): r[NG][L] holds the products of the `lanes` units from `unit` on.
+// Rows from product_rows on have no operand and are handed over as zero.
+template <class T, int NG, class Emit>
+RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda, int64_t product_rows,
+                                int64_t rows, Range mine, Emit&& emit) {
+  using W = Weights<T, NG>;
+  alignas(64) T out[W::MR * W::NV * W::L];
+  const int64_t tiles = (rows + W::MR - 1) / W::MR;
+  for (int64_t p = mine.begin; p < mine.end; ++p) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = part(rows, tile, tiles).begin, end = part(rows, tile, tiles).end;
+      const int64_t product_end = clamp(product_rows, begin, end);
+      if (product_end > begin) w.multiply(a + begin * lda, lda, product_end - begin, p, out);
+      if (product_end < end) {
+        std::memset(out + (product_end - begin) * W::NV * W::L, 0,
+                    static_cast<size_t>((end - product_end) * W::NV * W::L) * sizeof(T));
+      }
+      for (int64_t m = begin; m < end; ++m) {
+        for (int block = 0; block < W::NU; ++block) {
+          const int64_t unit = p * W::units + block * W::L;
+          if (unit >= w.N) break;
+          const int lanes = static_cast<int>(minimum(W::L, w.N - unit));
+          emit(m, unit, lanes, out + ((m - begin) * W::NV + block * NG) * W::L);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace rnnkern

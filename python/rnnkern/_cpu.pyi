@@ -1,0 +1,28 @@
+from typing import Any
+
+def cells() -> list[dict[str, Any]]: ...
+def isa() -> str: ...
+def supported_isas() -> list[str]: ...
+def select_isa(name: str) -> None: ...
+def forward_float32(
+    cell: int,
+    threads: int,
+    sequence: tuple[Any, ...],
+    sizes: tuple[Any, ...],
+    training: bool,
+    directions: tuple[Any, ...],
+) -> None: ...
+def backward_float32(
+    cell: int,
+    threads: int,
+    sequence: tuple[Any, ...],
+    sizes: tuple[Any, ...],
+    directions: tuple[Any, ...],
+) -> None: ...
+def plan_float32(
+    cell: int, threads: int, T: int, B: int, H: int, P: int, D: int, backward: bool
+) -> dict[str, Any]: ...
+
+forward_float64 = forward_float32
+backward_float64 = backward_float32
+plan_float64 = plan_float32

@@ -1,0 +1,41 @@
+"""The native extension modules, and what they say of themselves.
+
+Import torch before this module: torch's wheel brings its own OpenMP runtime, and the CPU kernels then share
+it instead of loading a second one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+from rnnkern import _cpu
+
+__all__ = ["_cpu", "cuda_available", "isa", "select_isa", "supported_isas"]
+
+
+def isa() -> str:
+    """Return the name of the ISA the CPU kernels run with."""
+    name: str = _cpu.isa()
+    return name
+
+
+def supported_isas() -> list[str]:
+    """Return the ISAs this CPU can run, slowest first."""
+    names: list[str] = _cpu.supported_isas()
+    return names
+
+
+def select_isa(name: str) -> None:
+    """Run the CPU kernels of another ISA from now on (as ``RNNKERN_ISA`` does at import).
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown or this CPU does not support it; the message lists the supported ones.
+    """
+    _cpu.select_isa(name)
+
+
+def cuda_available() -> bool:
+    """Return whether this build carries the CUDA kernels."""
+    return importlib.util.find_spec("rnnkern._cuda") is not None

@@ -1,0 +1,123 @@
+"""Say which path a module takes for an input, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern import layers
+from rnnkern._native import _cpu, isa
+from rnnkern.cells import get_cell
+from rnnkern.modules import _Cell, _Recurrent
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call would run.
+
+    Attributes
+    ----------
+    cell : str
+        The cell's name in the registry.
+    backend : str
+        "cpu" for the native kernels, "reference" for plain torch operations.
+    reason : str
+        Why the reference runs, or "" when a kernel does.
+    dtype, compute_dtype : torch.dtype
+        Of the data, and of the arithmetic.
+    isa : str
+        The instruction set of the kernels; "" for the reference.
+    threads : int
+        Threads of the team, from ``torch.get_num_threads()`` and the plan.
+    plan : dict
+        How the team shares each pass: groups over directions, batch rows and hidden units.
+    """
+
+    cell: str
+    backend: str
+    reason: str
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    isa: str = ""
+    threads: int = 0
+    plan: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return it as lines for people."""
+        if self.backend == "reference":
+            return f"{self.cell}: reference (torch operations), because {self.reason}"
+        types = str(self.dtype).removeprefix("torch.")
+        if self.dtype != self.compute_dtype:
+            types += f", computed in {self.compute_dtype}".replace("torch.", "")
+        lines = [f"{self.cell}: {self.backend} kernel, {self.isa}, {types}"]
+        for name, plan in self.plan.items():
+            groups = ", ".join(
+                f"{plan[key]:.0f} over {what}"
+                for key, what in (
+                    ("direction_groups", "directions"),
+                    ("row_groups", "batch rows"),
+                    ("unit_groups", "hidden units"),
+                )
+                if plan[key] > 1
+            )
+            lines.append(
+                f"  {name}: {plan['threads']:.0f} thread(s){': ' + groups if groups else ''};"
+                f" model {plan['step_microseconds']:.1f} µs a step"
+            )
+        return "\n".join(lines)
+
+
+def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Explanation:
+    """Return which path `module` takes for `input`: cell, backend, ISA, threads and plan.
+
+    Parameters
+    ----------
+    module : rnnkern module
+        One of LSTM, GRU, RNN and their cells.
+    input : Tensor or PackedSequence
+        As for the module's forward.
+
+    Returns
+    -------
+    Explanation
+        Its attributes for programs, its ``str`` for people.
+
+    Raises
+    ------
+    TypeError
+        If the module is not one of rnnkern's.
+    """
+    if isinstance(module, _Recurrent):
+        name, D, P = module._cell_name(), 2 if module.bidirectional else 1, module.proj_size
+        batch_first = module.batch_first
+    elif isinstance(module, _Cell):
+        name, D, P, batch_first = module._cell_name(), 1, 0, False
+    else:
+        raise TypeError(f"module: expected one of rnnkern's modules, got {type(module).__name__}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    dtype = torch.float32 if torch.is_autocast_enabled(data.device.type) else data.dtype
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    reason = layers.missing_kernel(data)
+    if reason is not None:
+        return Explanation(name, "reference", reason, data.dtype, data.dtype)
+    if isinstance(input, PackedSequence):
+        T, B = input.batch_sizes.numel(), int(input.batch_sizes[0])
+    elif isinstance(module, _Cell):
+        T, B = 1, data.shape[0] if data.dim() == 2 else 1
+    else:
+        T, B = data.shape[:2] if data.dim() == 3 else (data.shape[0], 1)
+        if batch_first and data.dim() == 3:
+            T, B = B, T
+    plan_of = _cpu.plan_float64 if compute == torch.float64 else _cpu.plan_float32
+    cell, H = get_cell(name).index, module.hidden_size
+    plan = {
+        label: plan_of(cell, torch.get_num_threads(), T, B, H, P or H, D, backward)
+        for label, backward in (("forward", False), ("backward", True))
+    }
+    threads = int(max(p["threads"] for p in plan.values()))
+    return Explanation(name, "cpu", "", data.dtype, compute, isa(), threads, plan)

@@ -1,0 +1,242 @@
+"""The functional form: recurrent layers as functions of input, weights and state.
+
+Weights come as one flat sequence in the order of ``torch.nn``'s ``_flat_weights``: layer by layer, in a layer
+direction by direction, and for each (w_ih [G·H,I], w_hh [G·H,P], b_ih [G·H], b_hh [G·H], w_hr [P,H]),
+without the biases if `bias` is False and without w_hr if there is no projection. I is D·P from the second
+layer on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern import layers
+from rnnkern.cells import get_cell
+from rnnkern.layers import States, Structure
+
+__all__ = ["gru", "lstm", "recurrent", "rnn"]
+
+Data = TypeVar("Data", Tensor, PackedSequence)
+
+
+def recurrent(
+    cell: str,
+    input: Data,
+    weights: Sequence[Tensor],
+    states: States | None = None,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: States | None = None,
+) -> tuple[Data, States]:
+    """Run any registered cell.
+
+    Parameters
+    ----------
+    cell : str
+        A name from ``rnnkern.cells.CELLS``.
+    input : Tensor or PackedSequence
+        [T,B,I], [B,T,I] with `batch_first`, unbatched [T,I], or packed.
+    weights : sequence of Tensor
+        See the module's text.
+    states, reset_states : tuple of Tensor, optional
+        Initial states, and states before a reset step: h [L·D,B,P] and, if the cell has one, c [L·D,B,H];
+        without the batch dimension for unbatched input. Zero if left out.
+    dropout : float
+        Probability of zeroing an output between layers, when `training`.
+    lengths : Tensor, optional
+        Integers [B] in [0, T]; steps beyond give 0 and leave the state.
+    resets : Tensor, optional
+        bool [T,B] ([B,T] with `batch_first`, [T] unbatched): step t starts a new segment.
+
+    Returns
+    -------
+    output : Tensor or PackedSequence
+        As the input, with D·P features.
+    states : tuple of Tensor
+        The final states, of the initial states' form.
+
+    Raises
+    ------
+    ValueError
+        If the cell is unknown, the weights do not form a stack, or a tensor does not fit; the message names
+        the argument, what was expected and what came.
+    """
+    info = get_cell(cell)
+    directions = num_layers * (2 if bidirectional else 1)
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+    plain = 2 + 2 * bias
+    counts = (directions * plain, directions * (plain + 1)) if info.projects else (directions * plain,)
+    if len(weights) not in counts:
+        raise ValueError(
+            f"weights: expected {' or '.join(map(str, counts))} tensors for {num_layers} layer(s),"
+            f" bias={bias}, bidirectional={bidirectional}, got {len(weights)}"
+        )
+    structure = Structure(
+        info, num_layers, bias, bidirectional, len(weights) != directions * plain, batch_first
+    )
+    rank = input.data.dim() if isinstance(input, PackedSequence) else input.dim()
+    if rank not in ((2,) if isinstance(input, PackedSequence) else (2, 3)):
+        raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")
+    if states is not None and len(states) != info.states:
+        raise ValueError(f"states: {cell} has {info.states} state(s), got {len(states)}")
+    return layers.run(  # type: ignore[return-value]
+        structure,
+        input,
+        states,
+        weights,
+        dropout=dropout,
+        training=training,
+        lengths=lengths,
+        resets=resets,
+        reset_states=reset_states,
+    )
+
+
+def lstm(
+    input: Data,
+    weights: Sequence[Tensor],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Data, tuple[Tensor, Tensor]]:
+    """Run an LSTM (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000; projection: Sak et al. 2014).
+
+    Parameters and errors are those of :func:`recurrent`; `hx` and `reset_state` are (h, c).
+
+    Returns
+    -------
+    output : Tensor or PackedSequence
+        As the input, with D·P features.
+    (h, c) : tuple of Tensor
+        [L·D,B,P] and [L·D,B,H].
+    """
+    y, (h, c) = recurrent(
+        "lstm",
+        input,
+        weights,
+        hx,
+        num_layers=num_layers,
+        bias=bias,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        lengths=lengths,
+        resets=resets,
+        reset_states=reset_state,
+    )
+    return y, (h, c)
+
+
+def gru(
+    input: Data,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    reset_after: bool = True,
+    num_layers: int = 1,
+    bias: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+) -> tuple[Data, Tensor]:
+    """Run a GRU, with the reset gate after the product (torch's) or before it (Cho et al. 2014, eq. 5-8).
+
+    Parameters and errors are those of :func:`recurrent`; `hx` and `reset_state` are h.
+
+    Returns
+    -------
+    output : Tensor or PackedSequence
+        As the input, with D·H features.
+    h : Tensor
+        [L·D,B,H].
+    """
+    y, (h,) = recurrent(
+        "gru" if reset_after else "gru_reset_before",
+        input,
+        weights,
+        None if hx is None else (hx,),
+        num_layers=num_layers,
+        bias=bias,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        lengths=lengths,
+        resets=resets,
+        reset_states=None if reset_state is None else (reset_state,),
+    )
+    return y, h
+
+
+def rnn(
+    input: Data,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bias: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: Tensor | None = None,
+) -> tuple[Data, Tensor]:
+    """Run an Elman RNN (1990) with tanh or relu.
+
+    Parameters and errors are those of :func:`recurrent`; `hx` and `reset_state` are h.
+
+    Returns
+    -------
+    output : Tensor or PackedSequence
+        As the input, with D·H features.
+    h : Tensor
+        [L·D,B,H].
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+    y, (h,) = recurrent(
+        f"rnn_{nonlinearity}",
+        input,
+        weights,
+        None if hx is None else (hx,),
+        num_layers=num_layers,
+        bias=bias,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        lengths=lengths,
+        resets=resets,
+        reset_states=None if reset_state is None else (reset_state,),
+    )
+    return y, h

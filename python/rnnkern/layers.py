@@ -1,0 +1,305 @@
+"""A stack of recurrent layers over one sequence batch: what the modules and the functional form share.
+
+Here the sequence forms meet the operator: padded, packed and unbatched input, `lengths`, `resets`, states of
+all layers in one tensor, dropout between layers, autocast, and the choice between kernel and reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as dropout_
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern.cells import Cell
+from rnnkern.ops import LayerInputs, reference_layer
+
+States = tuple[Tensor, ...]
+Direction = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
+
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The static shape of a stack.
+
+    Attributes
+    ----------
+    cell : Cell
+        The recurrent cell of every layer.
+    num_layers : int
+        Layers, each reading the output of the one below.
+    bias : bool
+        Whether every direction has b_ih and b_hh.
+    bidirectional : bool
+        Whether every layer has a second, reversed direction.
+    projection : bool
+        Whether every direction has w_hr.
+    batch_first : bool
+        Whether padded data is [B,T,...] rather than [T,B,...].
+    """
+
+    cell: Cell
+    num_layers: int = 1
+    bias: bool = True
+    bidirectional: bool = False
+    projection: bool = False
+    batch_first: bool = False
+
+    @property
+    def directions(self) -> int:
+        """Directions a layer."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def weights_per_direction(self) -> int:
+        """Tensors a direction, in torch's order: w_ih, w_hh, b_ih, b_hh, w_hr."""
+        return 2 + 2 * self.bias + self.projection
+
+
+def missing_kernel(input: Tensor) -> str | None:
+    """Return why no kernel serves `input`, or None if one does (the reference runs otherwise)."""
+    if input.device.type not in ("cpu", "meta"):
+        return f"no kernel for device type '{input.device.type}' in this build"
+    if input.dtype not in KERNEL_DTYPES:
+        return f"no kernel for dtype {input.dtype}"
+    return None
+
+
+def run(
+    structure: Structure,
+    input: Tensor | PackedSequence,
+    states: States | None,
+    weights: Sequence[Tensor],
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: States | None = None,
+) -> tuple[Tensor | PackedSequence, States]:
+    """Run the whole stack on padded [T,B,I], unbatched [T,I] or packed input.
+
+    Parameters
+    ----------
+    states, reset_states : tuple of Tensor or None
+        [L·D,B,P] (and [L·D,B,H]); [L·D,P] (and [L·D,H]) for unbatched input; None: zero.
+    weights : sequence of Tensor
+        Layer by layer, direction by direction, `structure.weights_per_direction` tensors each.
+    dropout : float
+        Probability of zeroing an output between layers, when `training`.
+    lengths : Tensor or None
+        Integers [B] in [0, T], on any device.
+    resets : Tensor or None
+        bool [T,B] ([B,T] with batch_first; [T] for unbatched input).
+
+    Returns
+    -------
+    tuple
+        The output, of the input's form with D·P features, and the final states, of `states`' form.
+
+    Raises
+    ------
+    ValueError
+        If lengths, resets or reset states do not fit the input.
+    """
+    packed = input if isinstance(input, PackedSequence) else None
+    data = input.data if isinstance(input, PackedSequence) else input
+    batch_first = structure.batch_first and packed is None
+    unbatched = packed is None and data.dim() == 2
+    if packed is not None and lengths is not None:
+        raise ValueError("lengths: a PackedSequence carries its own lengths; give one or the other")
+    if unbatched:
+        if lengths is not None:
+            raise ValueError("lengths: expected None for unbatched (2-D) input; slice the input instead")
+        data = data.unsqueeze(0 if batch_first else 1)
+        states = None if states is None else tuple(s.unsqueeze(1) for s in states)
+        reset_states = None if reset_states is None else tuple(s.unsqueeze(1) for s in reset_states)
+        if resets is not None:
+            if resets.shape != (data.shape[1 if batch_first else 0],):
+                raise ValueError(f"resets: expected [T] for unbatched input, got {list(resets.shape)}")
+            resets = resets.unsqueeze(0 if batch_first else 1)
+    if reset_states is not None and resets is None:
+        raise ValueError("reset_state: has no effect without resets")
+    if packed is not None:
+        B = int(packed.batch_sizes[0])
+        if resets is not None and structure.batch_first:
+            resets = resets.transpose(0, 1)
+    else:
+        B = data.shape[0 if batch_first else 1]
+    if states is None:
+        states = _zero_states(structure, data, weights, B)
+    if reset_states is not None:
+        _check_states("reset_state", reset_states, states)
+    _check_devices(data, states, resets, reset_states)
+    y, finals = _stack(
+        structure,
+        data,
+        states,
+        weights,
+        packed=packed,
+        dropout=dropout if training else 0.0,
+        lengths=lengths,
+        resets=resets,
+        reset_states=reset_states,
+    )
+    if packed is not None:
+        return (
+            PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices),
+            finals,
+        )
+    if structure.batch_first:
+        y = y.transpose(0, 1)
+    if unbatched:
+        return y.squeeze(0 if batch_first else 1), tuple(s.squeeze(1) for s in finals)
+    return y, finals
+
+
+def _zero_states(structure: Structure, data: Tensor, weights: Sequence[Tensor], B: int) -> States:
+    rows = structure.num_layers * structure.directions
+    P = weights[1].shape[1]
+    H = weights[1].shape[0] // structure.cell.gates
+    widths = (P, H)[: structure.cell.states]
+    return tuple(data.new_zeros(rows, B, width) for width in widths)
+
+
+def _check_states(name: str, given: States, states: States) -> None:
+    if len(given) != len(states):
+        raise ValueError(f"{name}: expected {len(states)} state(s), got {len(given)}")
+    for g, s in zip(given, states, strict=True):
+        if g.shape != s.shape:
+            raise ValueError(f"{name}: expected shape {list(s.shape)}, got {list(g.shape)}")
+
+
+def _check_devices(
+    data: Tensor, states: States, resets: Tensor | None, reset_states: States | None
+) -> None:
+    for name, tensors in (("hx", states), ("reset_state", reset_states or ())):
+        for t in tensors:
+            if t.device != data.device:
+                raise RuntimeError(
+                    f"Input and hidden tensors are not at the same device, found input tensor at"
+                    f" {data.device} and {name} at {t.device}"
+                )
+    if resets is not None and resets.dtype != torch.bool:
+        raise ValueError(f"resets: expected dtype torch.bool, got {resets.dtype}")
+
+
+def _stack(
+    structure: Structure,
+    data: Tensor,
+    states: States,
+    weights: Sequence[Tensor],
+    *,
+    packed: PackedSequence | None,
+    dropout: float,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    reset_states: States | None,
+) -> tuple[Tensor, States]:
+    output_dtype = None
+    if torch.is_autocast_enabled(data.device.type):
+        # The kernel computes in float32 whatever autocast would choose; the results get torch's type.
+        output_dtype = _autocast_dtype(structure, data, states, packed is not None)
+        data, *rest = (t.float() for t in (data, *states, *weights, *(reset_states or ())))
+        states, rest = tuple(rest[: len(states)]), rest[len(states) :]
+        weights, rest = rest[: len(weights)], rest[len(weights) :]
+        reset_states = None if reset_states is None else tuple(rest)
+    D, count = structure.directions, structure.weights_per_direction
+    batch_first = structure.batch_first and packed is None
+    finals: list[States] = []
+    for index in range(structure.num_layers):
+        rows = slice(index * D, (index + 1) * D)
+        layer_weights = [
+            _direction(structure, weights[(index * D + d) * count : (index * D + d + 1) * count])
+            for d in range(D)
+        ]
+        if index > 0 and dropout > 0:
+            data = dropout_(data, dropout, training=True)
+        data, final = run_layer(
+            structure.cell,
+            data,
+            states if structure.num_layers == 1 else tuple(s[rows] for s in states),
+            layer_weights,
+            packed=packed,
+            lengths=lengths,
+            resets=resets,
+            reset_states=None if reset_states is None else tuple(s[rows] for s in reset_states),
+            batch_first=batch_first,
+        )
+        if batch_first and resets is not None:
+            resets = resets.transpose(0, 1)
+        batch_first = False  # the output of a layer is time-major
+        finals.append(final)
+    if structure.num_layers == 1:
+        final_states = finals[0]
+    else:
+        final_states = tuple(torch.cat(s) for s in zip(*finals, strict=True))
+    if output_dtype is not None:
+        data, final_states = data.to(output_dtype), tuple(s.to(output_dtype) for s in final_states)
+    return data, final_states
+
+
+def _direction(structure: Structure, tensors: Sequence[Tensor]) -> Direction:
+    b_ih, b_hh = tensors[2:4] if structure.bias else (None, None)
+    return tensors[0], tensors[1], b_ih, b_hh, tensors[-1] if structure.projection else None
+
+
+def _autocast_dtype(structure: Structure, data: Tensor, states: States, packed: bool) -> torch.dtype:
+    """Return the type that torch's own module has under autocast, where only the products are narrow."""
+    narrow = torch.get_autocast_dtype(data.device.type)
+    name = structure.cell.name
+    if name.startswith("rnn") or (name == "lstm" and not packed and not structure.projection):
+        return narrow
+    return torch.promote_types(states[0].dtype, narrow)
+
+
+def run_layer(
+    cell: Cell,
+    data: Tensor,
+    states: States,
+    directions: list[Direction],
+    *,
+    packed: PackedSequence | None = None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_states: States | None = None,
+    batch_first: bool = False,
+) -> tuple[Tensor, States]:
+    """Run one layer through the operator, or through the reference where there is no kernel.
+
+    Parameters are those of :class:`rnnkern.ops.LayerInputs`, with the states as tuples.
+
+    Returns
+    -------
+    tuple
+        The output, [T,B,D·P] or packed rows [N,D·P], and the final states.
+    """
+    two = cell.states == 2
+    args = LayerInputs(
+        cell.name,
+        data,
+        states[0],
+        states[1] if two else None,
+        *directions[0],
+        *(directions[1] if len(directions) == 2 else (None,) * 5),
+        None if packed is None else packed.batch_sizes,
+        None if packed is None else packed.sorted_indices,
+        lengths,
+        resets,
+        None if reset_states is None else reset_states[0],
+        reset_states[1] if two and reset_states is not None else None,
+        batch_first,
+    )
+    if missing_kernel(data) is not None:
+        y, *final = reference_layer(args)
+        return y, tuple(final)
+    save = torch.is_grad_enabled() and any(
+        t.requires_grad for t in args if isinstance(t, Tensor)
+    )
+    y, hn, cn, *_ = torch.ops.rnnkern.layer(*args, save)
+    return y, (hn, cn) if two else (hn,)

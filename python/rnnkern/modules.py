@@ -1,0 +1,359 @@
+"""Drop-in replacements for ``torch.nn``'s recurrent modules.
+
+Constructors, parameters, state_dict, checks and their messages are torch's own (the classes derive from
+``nn.RNNBase`` and ``nn.RNNCellBase``); forward runs rnnkern's fused kernels, and takes three keyword
+arguments more: `lengths`, `resets` and `reset_state`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern import layers
+from rnnkern.cells import get_cell
+from rnnkern.layers import States, Structure
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+_EXTRA_ARGUMENTS = """
+    Parameters of forward
+    ---------------------
+    input : Tensor or PackedSequence
+        [T,B,I], [B,T,I] with `batch_first`, or unbatched [T,I].
+    hx : Tensor or tuple of Tensor, optional
+        Initial state as in torch; zero if left out.
+    lengths : Tensor, optional
+        Integers [B] in [0, T], in any order and on any device. A step beyond a row's length gives y = 0 and
+        leaves the row's state, so the final state is that of its last step. Not with a PackedSequence.
+    resets : Tensor, optional
+        bool [T,B] ([B,T] with `batch_first`, [T] unbatched): step t starts a new segment. No information
+        crosses its start in either direction.
+    reset_state : Tensor or tuple of Tensor, optional
+        The state before a reset step, of hx's form, differentiable; zero if left out.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As torch's module does, and for lengths, resets or reset_state that do not fit the input.
+"""
+
+
+class _Recurrent(nn.RNNBase):
+    """What LSTM, GRU and RNN share: torch's argument checks around :func:`rnnkern.layers.run`."""
+
+    def _structure(self) -> Structure:
+        return Structure(
+            get_cell(self._cell_name()),
+            self.num_layers,
+            self.bias,
+            self.bidirectional,
+            self.proj_size > 0,
+            self.batch_first,
+        )
+
+    def _cell_name(self) -> str:
+        return self.mode.lower()
+
+    def _current_weights(self) -> list[Tensor]:
+        """Return the weights as they are now: assigned, tied, parametrized or swapped ones included."""
+        if torch.compiler.is_compiling():
+            return [getattr(self, name) for name in self._flat_weights_names]
+        self._update_flat_weights()
+        weights: list[Tensor] = self._flat_weights
+        return weights
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Any = None,
+    ) -> tuple[Any, Any]:
+        """Run the layers; see the class."""
+        weights = self._current_weights()
+        batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
+        states = None if hx is None else self._as_states(hx)
+        self._check(input, states, batch_sizes)
+        y, finals = layers.run(
+            self._structure(),
+            input,
+            states,
+            weights,
+            dropout=self.dropout,
+            training=self.training,
+            lengths=lengths,
+            resets=resets,
+            reset_states=None if reset_state is None else self._as_states(reset_state),
+        )
+        return y, self._as_hidden(finals)
+
+    def _as_states(self, hx: Any) -> States:
+        return (hx,)
+
+    def _as_hidden(self, states: States) -> Any:
+        return states[0]
+
+    def _check(
+        self, input: Tensor | PackedSequence, states: States | None, batch_sizes: Tensor | None
+    ) -> None:
+        """Raise what torch's module raises, with the same words."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        if batch_sizes is None:
+            if data.dim() not in (2, 3):
+                raise ValueError(self._message_input_rank(data))
+            if states is not None:
+                self._check_state_rank(data, states)
+            if data.dim() == 2:
+                data = data.unsqueeze(0 if self.batch_first else 1)
+                states = None if states is None else tuple(s.unsqueeze(1) for s in states)
+        if states is None:
+            self.check_input(data, batch_sizes)
+        else:
+            self.check_forward_args(data, self._as_hidden(states), batch_sizes)
+        if batch_sizes is None and data.size(1 if self.batch_first else 0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _message_input_rank(self, data: Tensor) -> str:
+        name = type(self).__name__
+        return f"{name}: Expected input to be 2D or 3D, got {data.dim()}D instead"
+
+    def _check_state_rank(self, data: Tensor, states: States) -> None:
+        if states[0].dim() != data.dim():
+            form = "unbatched 2-D" if data.dim() == 2 else "batched 3-D"
+            raise RuntimeError(
+                f"For {form} input, hx should also be {data.dim()}-D but got {states[0].dim()}-D tensor"
+            )
+
+
+class LSTM(_Recurrent):
+    __doc__ = (
+        """Long short-term memory: a drop-in for :class:`torch.nn.LSTM`.
+
+    The cell is Hochreiter & Schmidhuber's (1997) with the forget gate of Gers et al. (2000); `proj_size`
+    is the projection of Sak et al. (2014). The constructor is ``torch.nn.LSTM``'s.
+    """
+        + _EXTRA_ARGUMENTS
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def _as_states(self, hx: Any) -> States:
+        return (hx[0], hx[1])
+
+    def _as_hidden(self, states: States) -> Any:
+        return states
+
+    def _check_state_rank(self, data: Tensor, states: States) -> None:
+        h, c = states
+        if h.dim() != data.dim() or c.dim() != data.dim():
+            form = "unbatched 2-D" if data.dim() == 2 else "batched 3-D"
+            raise RuntimeError(
+                f"For {form} input, hx and cx should also be {data.dim()}-D"
+                f" but got ({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+
+
+class GRU(_Recurrent):
+    __doc__ = (
+        """Gated recurrent unit: a drop-in for :class:`torch.nn.GRU`.
+
+    The constructor is ``torch.nn.GRU``'s and one keyword more:
+
+    reset_after : bool
+        True (default): the reset gate acts after the recurrent product, as in torch and cuDNN. False: it
+        acts on the state before the product, as in Cho et al. (2014), eq. 5-8.
+    """
+        + _EXTRA_ARGUMENTS
+    )
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if not isinstance(reset_after, bool):
+            raise TypeError(
+                f"reset_after should be of type bool, got: {type(reset_after).__name__}"
+            )
+        super().__init__("GRU", *args, **kwargs)
+        self.reset_after = reset_after
+
+    def __setstate__(self, d: dict[str, Any]) -> None:
+        super().__setstate__(d)
+        self.__dict__.setdefault("reset_after", True)
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments that differ from their defaults."""
+        text = super().extra_repr()
+        return text if self.reset_after else text + ", reset_after=False"
+
+    def _cell_name(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+
+class RNN(_Recurrent):
+    __doc__ = (
+        """Elman RNN (1990) with tanh or relu: a drop-in for :class:`torch.nn.RNN`.
+
+    The constructor is ``torch.nn.RNN``'s, with `nonlinearity` as fourth positional argument or keyword.
+    """
+        + _EXTRA_ARGUMENTS
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+    def _message_input_rank(self, data: Tensor) -> str:
+        return f"RNN: Expected input to be 2D or 3D, got {data.dim()}D tensor instead"
+
+
+class _Cell(nn.RNNCellBase):
+    """What the three cells share: one step of one layer."""
+
+    def _cell_name(self) -> str:
+        raise NotImplementedError
+
+    def _step(self, input: Tensor, states: States | None) -> States:
+        name, cell = type(self).__name__, get_cell(self._cell_name())
+        if input.dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
+        if states is not None:
+            self._check_states(name, states)
+        unbatched = input.dim() == 1
+        x = input.unsqueeze(0) if unbatched else input
+        if states is None:
+            states = (x.new_zeros(x.size(0), self.hidden_size),) * cell.states
+        elif unbatched:
+            states = tuple(s.unsqueeze(0) for s in states)
+        structure = Structure(cell, bias=self.bias_ih is not None)
+        weights = [self.weight_ih, self.weight_hh]
+        if structure.bias:
+            weights += [self.bias_ih, self.bias_hh]
+        self._check_sizes(x, states)
+        _, finals = layers.run(
+            structure, x.unsqueeze(0), tuple(s.unsqueeze(0) for s in states), weights
+        )
+        finals = tuple(s.squeeze(0) for s in finals)
+        return tuple(s.squeeze(0) for s in finals) if unbatched else finals
+
+    def _check_states(self, name: str, states: States) -> None:
+        if states[0].dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: Expected hidden to be 1D or 2D, got {states[0].dim()}D instead"
+            )
+
+    def _check_sizes(self, x: Tensor, states: States) -> None:
+        """Raise what torch's cells raise, in ``aten/src/ATen/native/RNN.cpp``'s words."""
+        if x.size(1) != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}"
+            )
+        for k, s in enumerate(states):
+            if x.size(0) != s.size(0):
+                raise RuntimeError(
+                    f"Input batch size {x.size(0)} doesn't match hidden{k} batch size {s.size(0)}"
+                )
+            if s.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {s.size(1)},"
+                    f" expected {self.hidden_size}"
+                )
+
+
+class RNNCell(_Cell):
+    """One step of an Elman RNN: a drop-in for :class:`torch.nn.RNNCell`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the next state [B,H] (or [H]) from the input [B,I] (or [I]) and the state before."""
+        return self._step(input, None if hx is None else (hx,))[0]
+
+    def _cell_name(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"rnn_{self.nonlinearity}"
+
+
+class LSTMCell(_Cell):
+    """One step of an LSTM: a drop-in for :class:`torch.nn.LSTMCell`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the next (h, c), each [B,H] (or [H]), from the input [B,I] (or [I]) and (h, c)."""
+        h, c = self._step(input, None if hx is None else (hx[0], hx[1]))
+        return h, c
+
+    def _cell_name(self) -> str:
+        return "lstm"
+
+    def _check_states(self, name: str, states: States) -> None:
+        for index, s in enumerate(states):
+            if s.dim() not in (1, 2):
+                raise ValueError(
+                    f"{name}: Expected hx[{index}] to be 1D or 2D, got {s.dim()}D instead"
+                )
+
+
+class GRUCell(_Cell):
+    """One step of a GRU: a drop-in for :class:`torch.nn.GRUCell`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return the next state [B,H] (or [H]) from the input [B,I] (or [I]) and the state before."""
+        return self._step(input, None if hx is None else (hx,))[0]
+
+    def _cell_name(self) -> str:
+        return "gru"
