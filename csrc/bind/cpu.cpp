@@ -37,7 +37,7 @@ Sequence sequence(const py::tuple& t) {
   return s;
 }
 
-// (H, P, x_rows, y_rows, y_width)
+// (H, P, x_rows, y_rows)
 template <class Problem>
 void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes, const py::tuple& directions) {
   p.seq = sequence(seq);
@@ -45,7 +45,6 @@ void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes, const p
   p.P = integer(sizes[1]);
   p.x_rows = rows(sizes[2]);
   p.y_rows = rows(sizes[3]);
-  p.y_width = integer(sizes[4]);
   p.D = static_cast<int64_t>(directions.size());
   if (p.D > kMaxDirections) throw py::value_error("directions: at most 2");
 }

@@ -47,7 +47,8 @@ struct ForwardDirection {
   const T* R;                       // [G,H,P] recurrent weights
   const T* b;                       // [G,H] recurrent bias, or null
   const T* W_hr;                    // [P,H] projection, or null
-  T* x;                             // [N,G,H] in: W·input + b; out, in training: activated gates
+  T* x;                             // this direction's part of [N,D,G,H], in: W·input + b; out, in
+                                    // training: activated gates
   const T* initial[kMaxStates];     // h0 [B,P], c0 [B,H]
   const T* reset[kMaxStates];       // state before a reset step: [B,P], [B,H], or null: zero
   T* final[kMaxStates];             // hn [B,P], cn [B,H]
@@ -61,7 +62,6 @@ struct ForwardProblem {
   Sequence seq;
   int64_t H, P, D;
   Rows x_rows, y_rows;  // rows of x, h_prev and saved; rows of y
-  int64_t y_width;      // elements between two rows of y: D·P
   bool training;
   ForwardDirection<T> dir[kMaxDirections];
 };
@@ -71,7 +71,7 @@ struct BackwardDirection {
   bool reverse;
   const T* R;                    // [G,H,P]
   const T* W_hr;                 // [P,H], or null
-  const T* gates;                // [N,G,H] activated gates
+  const T* gates;                // this direction's part of [N,D,G,H], activated
   const T* h_prev;               // [N,P]
   const T* saved;                // [N,K,H]
   const T* dy;                   // this direction's part of [N,D,P]; null: zero
@@ -87,8 +87,7 @@ template <class T>
 struct BackwardProblem {
   Sequence seq;
   int64_t H, P, D;
-  Rows x_rows, y_rows;
-  int64_t y_width;
+  Rows x_rows, y_rows;  // rows of gates, h_prev, saved and every output; rows of dy
   BackwardDirection<T> dir[kMaxDirections];
 };
 

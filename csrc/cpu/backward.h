@@ -177,7 +177,7 @@ class BackwardLoop {
 
   RNNKERN_INLINE P load_dy(int d, const Step& step, int64_t j, int64_t u, int n) {
     const T* dy = p_.dir[d].dy;
-    return dy ? load(dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.y_width + u, n) : P(T(0));
+    return dy ? load(dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, n) : P(T(0));
   }
 
   RNNKERN_INLINE P flow_c(int d, const Step& step, int64_t j, int64_t u, int n) {
@@ -235,7 +235,7 @@ class BackwardLoop {
     const BackwardDirection<T>& io = p_.dir[d];
     const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
     BackwardUnit<Cell, P> unit;
-    for (int g = 0; g < G; ++g) unit.gate[g] = load(io.gates + (row * G + g) * H + u, n);
+    for (int g = 0; g < G; ++g) unit.gate[g] = load(io.gates + (row * p_.D * G + g) * H + u, n);
     for (int k = 0; k < K; ++k) unit.saved[k] = load(io.saved + (row * K + k) * H + u, n);
     if (!Cell::projects) unit.h_prev = load(io.h_prev + row * p_.P + u, n);
     return unit;

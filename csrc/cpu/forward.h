@@ -173,7 +173,7 @@ class ForwardLoop {
     const auto emit = [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
       const int64_t row = p_.seq.data_row(p_.x_rows, step.t, j);
       ForwardUnit<Cell, P> unit;
-      T* x = io.x + row * G * H + u;
+      T* x = io.x + row * p_.D * G * H + u;
       for (int g = 0; g < g1; ++g) unit.gate[g] = load(x + g * H, n);
       for (int g = g0; g < g1; ++g) unit.r[g] = P::load(r + (g - g0) * L);
       if (!Cell::projects) unit.prev[0] = load(s.h[step.slot].row(j) + u, n);
@@ -215,7 +215,7 @@ class ForwardLoop {
     const Direction& s = dir_[d];
     const ForwardDirection<T>& io = p_.dir[d];
     const int64_t width = state_width(k);
-    if (k == 0) store(io.y + p_.seq.data_row(p_.y_rows, step.t, j) * p_.y_width + u, value, n);
+    if (k == 0) store(io.y + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, value, n);
     if (j >= step.rows_next) {
       store(io.final[k] + p_.seq.batch_row(j) * width + u, value, n);
       return;

@@ -23,8 +23,8 @@ class Barrier {
   int members_;
 };
 
-// The most threads a call should use now: `requested`, at most the CPUs this process may run on, and one
-// in a forked child.
+// The most threads a call should use now: `requested`, at most the CPUs this process may run on (unless
+// the environment variable RNNKERN_OVERSUBSCRIBE is set, as the tests do), and one in a forked child.
 int usable_threads(int requested);
 
 // Calls body(rank, size, context) on `threads` threads at once. The runtime may grant fewer than asked

@@ -21,6 +21,7 @@ from torch import Tensor
 from rnnkern import reference
 from rnnkern._native import _cpu
 from rnnkern.cells import Cell, get_cell
+from rnnkern.gemm import linear
 
 
 class LayerInputs(NamedTuple):
@@ -233,6 +234,18 @@ def _computed(a: LayerInputs) -> LayerInputs:
     return LayerInputs(*values)
 
 
+def _joined(a: LayerInputs) -> tuple[Tensor, Tensor | None]:
+    """Return w_ih [D·G·H,I] and b_ih of all directions as one, so that the input product is one GEMM."""
+    if len(a.directions) == 1:
+        return a.w_ih, a.b_ih
+    (w, _, b, _, _), (w_reverse, _, b_reverse, _, _) = a.directions
+    if b is None and b_reverse is None:
+        return torch.cat((w, w_reverse)), None
+    b = w.new_zeros(w.shape[0]) if b is None else b
+    b_reverse = w.new_zeros(w.shape[0]) if b_reverse is None else b_reverse
+    return torch.cat((w, w_reverse)), torch.cat((b, b_reverse))
+
+
 def _rows(t: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Return time-major data [T,B,...] as rows without a copy where possible, and its row strides."""
     T, B = t.shape[:2]
@@ -251,7 +264,7 @@ def _layer_cpu(*args: Any) -> tuple[Tensor, ...]:
     s = _check(a, cell)
     steps = _steps(a, s)
     a = _computed(a)
-    x = a.input.new_empty(s.D, s.N, s.G * s.H)
+    x = linear(a.input.view(s.N, s.I), *_joined(a))
     new = a.input.new_zeros if steps.ragged else a.input.new_empty
     y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
     h_prev, saved = (
@@ -259,17 +272,12 @@ def _layer_cpu(*args: Any) -> tuple[Tensor, ...]:
     )
     hn = torch.empty_like(a.h0)
     cn = a.input.new_empty(0) if a.c0 is None else torch.empty_like(a.c0)
-    input = a.input.view(s.N, s.I)
-    for x_d, (w_ih, _, b_ih, _, _) in zip(x, a.directions, strict=True):
-        if b_ih is None:
-            torch.mm(input, w_ih.t(), out=x_d)
-        else:
-            torch.addmm(b_ih, input, w_ih.t(), out=x_d)
     if s.B > 0:
         directions = tuple(
             (
                 d == 1,
-                *map(_address, (w_hh, b_hh, w_hr, x[d])),
+                *map(_address, (w_hh, b_hh, w_hr)),
+                x.data_ptr() + d * s.G * s.H * x.element_size(),
                 *(_address(None if t is None else t[d]) for t in (a.h0, a.c0, a.reset_h, a.reset_c)),
                 hn[d].data_ptr(),
                 _address(None if a.c0 is None else cn[d]),
@@ -278,7 +286,7 @@ def _layer_cpu(*args: Any) -> tuple[Tensor, ...]:
             )
             for d, (_, w_hh, _, b_hh, w_hr) in enumerate(a.directions)
         )
-        sizes = (s.H, s.P, _input_rows(a, s), (s.B, 1), s.D * s.P)
+        sizes = (s.H, s.P, _input_rows(a, s), (s.B, 1))
         run = _cpu.forward_float64 if x.dtype == torch.float64 else _cpu.forward_float32
         run(cell.index, torch.get_num_threads(), steps.native, sizes, save, directions)
     gates = x if save else x.new_empty(0)
@@ -294,15 +302,15 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     hn = new((s.D, s.B, s.P))
     cn = new(0) if a.c0 is None else new((s.D, s.B, s.H))
     dtype = torch.float64 if a.input.dtype == torch.float64 else torch.float32
-    widths = (s.G * s.H, s.P, cell.saved * s.H)
-    kept = [new((s.D, s.N, w) if save else 0, dtype=dtype) for w in widths]
+    shapes = ((s.N, s.D * s.G * s.H), (s.D, s.N, s.P), (s.D, s.N, cell.saved * s.H))
+    kept = [new(shape if save else 0, dtype=dtype) for shape in shapes]
     return y, hn, cn, *kept
 
 
 class _BackwardInputs(NamedTuple):
     """The arguments of ``layer_backward`` beyond those of the layer."""
 
-    gates: Tensor  # [D,N,G·H], activated
+    gates: Tensor  # [N,D·G·H], activated
     h_prev: Tensor  # [D,N,P]
     saved: Tensor  # [D,N,K·H]
     dy: Tensor | None  # like y
@@ -351,20 +359,21 @@ def _layer_backward_cpu(*args: Any) -> tuple[Tensor, ...]:
             (
                 d == 1,
                 *map(_address, (w_hh, w_hr)),
-                *(at(t, d) for t in (g.gates, g.h_prev, g.saved)),
+                g.gates.data_ptr() + d * s.G * s.H * g.gates.element_size(),
+                *(at(t, d) for t in (g.h_prev, g.saved)),
                 0 if dy is None else dy.data_ptr() + d * s.P * dy.element_size(),
                 *(at(t, d) for t in (dhn, dcn, dx, extra, dh)),
                 *(at(out[name], d) for name in ("h0", "c0", "reset_h", "reset_c")),
             )
             for d, (_, w_hh, _, _, w_hr) in enumerate(a.directions)
         )
-        sizes = (s.H, s.P, _input_rows(a, s), y_rows, s.D * s.P)
+        sizes = (s.H, s.P, _input_rows(a, s), y_rows)
         run = _cpu.backward_float64 if dx.dtype == torch.float64 else _cpu.backward_float32
         run(cell.index, torch.get_num_threads(), steps.native, sizes, directions)
     if wanted["input"]:
-        dinput = torch.mm(dx[0], a.w_ih)
+        dinput = linear(dx[0], a.w_ih.t())
         if s.D == 2:
-            dinput.addmm_(dx[1], a.directions[1][0])
+            dinput += linear(dx[1], a.directions[1][0].t())
         out["input"] = dinput.view_as(a.input)
     input = _without_padding(a, steps).view(s.N, s.I)
     for d in range(s.D):
@@ -393,7 +402,7 @@ def _weight_gradients(
     out: dict[str, Tensor | None] = {}
     dx_d, split = dx[d], cell.last_phase * s.H
     if wanted["w_ih" + suffix]:
-        out["w_ih" + suffix] = torch.mm(dx_d.t(), input)
+        out["w_ih" + suffix] = linear(dx_d.t(), input.t())
     if wanted["w_hh" + suffix]:
         if cell.extra == "recurrent_gradient" and extra is not None:
             split = (s.G - 1) * s.H
@@ -401,11 +410,9 @@ def _weight_gradients(
         elif cell.extra == "operand" and extra is not None:
             rows = ((dx_d[:, :split], g.h_prev[d]), (dx_d[:, split:], extra[d]))
         else:
-            split, rows = s.G * s.H, ((dx_d, g.h_prev[d]),)
-        dw_hh = dx.new_empty(s.G * s.H, s.P)
-        for part, (dr, operand) in zip((dw_hh[:split], dw_hh[split:]), rows, strict=False):
-            torch.mm(dr.t(), operand, out=part)
-        out["w_hh" + suffix] = dw_hh
+            rows = ((dx_d, g.h_prev[d]),)
+        parts = [linear(dr.t(), operand.t()) for dr, operand in rows]
+        out["w_hh" + suffix] = parts[0] if len(parts) == 1 else torch.cat(parts)
     if wanted["b_ih" + suffix] or wanted["b_hh" + suffix]:
         db = dx_d.sum(0)
         out["b_ih" + suffix] = db
@@ -414,12 +421,12 @@ def _weight_gradients(
         else:
             out["b_hh" + suffix] = db.clone()
     if wanted["w_hr" + suffix] and dh is not None and extra is not None:
-        out["w_hr" + suffix] = torch.mm(dh[d].t(), extra[d])
+        out["w_hr" + suffix] = linear(dh[d].t(), extra[d].t())
     return out
 
 
 def _check_backward(cell: Cell, s: Sizes, g: _BackwardInputs) -> None:
-    _shape("gates", g.gates, (s.D, s.N, s.G * s.H))
+    _shape("gates", g.gates, (s.N, s.D * s.G * s.H))
     _shape("h_prev", g.h_prev, (s.D, s.N, s.P))
     _shape("saved", g.saved, (s.D, s.N, cell.saved * s.H))
     if g.dy is not None and (g.dy.shape[-1] != s.D * s.P or g.dy.numel() != s.N * s.D * s.P):
