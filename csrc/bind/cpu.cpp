@@ -132,6 +132,24 @@ void backward(int cell, int threads, const py::tuple& seq, const py::tuple& size
 }
 
 template <class T>
+void linear(int threads, int64_t N, int64_t K, int64_t O, uintptr_t a, uintptr_t w, uintptr_t b,
+            uintptr_t out) {
+  const LinearProblem<T> p{N,
+                           K,
+                           O,
+                           reinterpret_cast<const T*>(a),
+                           reinterpret_cast<const T*>(w),
+                           reinterpret_cast<const T*>(b),
+                           reinterpret_cast<T*>(out)};
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = run_linear<T>(p, threads);
+  }
+  raise(status);
+}
+
+template <class T>
 py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D, bool back) {
   if (cell < 0 || cell >= cell_count()) raise(Status::unknown_cell);
   const T some = 0;  // only whether there is a projection counts
@@ -208,6 +226,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("forward_float64", &forward<double>);
   m.def("backward_float32", &backward<float>);
   m.def("backward_float64", &backward<double>);
+  m.def("linear_float32", &linear<float>);
+  m.def("linear_float64", &linear<double>);
   m.def("plan_float32", &plan<float>);
   m.def("plan_float64", &plan<double>);
   const char* isa = std::getenv("RNNKERN_ISA");

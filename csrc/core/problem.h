@@ -91,4 +91,14 @@ struct BackwardProblem {
   BackwardDirection<T> dir[kMaxDirections];
 };
 
+// out = a·wᵀ + b
+template <class T>
+struct LinearProblem {
+  int64_t N, K, O;
+  const T* a;  // [N,K]
+  const T* w;  // [O,K]
+  const T* b;  // [O], or null
+  T* out;      // [N,O]
+};
+
 }  // namespace rnnkern

@@ -1,5 +1,6 @@
 #include "cpu/driver.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -63,19 +64,28 @@ std::atomic<const IsaKernels*>& selected() {
 }
 
 template <class T>
-const CellKernels<T>& kernels_of(int cell);
+const TypeKernels<T>& kernels();
 template <>
-const CellKernels<float>& kernels_of<float>(int cell) {
-  return selected().load()->float32[cell];
+const TypeKernels<float>& kernels<float>() {
+  return selected().load()->float32;
 }
 template <>
-const CellKernels<double>& kernels_of<double>(int cell) {
-  return selected().load()->float64[cell];
+const TypeKernels<double>& kernels<double>() {
+  return selected().load()->float64;
 }
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
+
+// Scratch for one call, of at least one element, aligned to a cache line; null if there is no memory.
+template <class T>
+std::unique_ptr<T, Free> allocate(int64_t elements) {
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t rounded = (elements + line) / line * line;
+  const size_t bytes = static_cast<size_t>(rounded) * sizeof(T);
+  return std::unique_ptr<T, Free>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+}
 
 template <class Problem, class T>
 struct Call {
@@ -95,14 +105,13 @@ struct Call {
 template <class Problem, class T>
 Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int threads) {
   const Plan plan = make_plan(kernel.work(problem), usable_threads(threads));
-  const int64_t bytes = kernel.scratch_elements(problem) * static_cast<int64_t>(sizeof(T));
-  const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+  const auto scratch = allocate<T>(kernel.scratch_elements(problem));
   const int groups = plan.direction_groups * plan.row_groups;
   const std::unique_ptr<Barrier[]> barriers(new (std::nothrow) Barrier[static_cast<size_t>(groups) + 1]);
   if (!scratch || !barriers) return Status::out_of_memory;
   barriers[0].set_members(plan.threads());
   for (int g = 1; g <= groups; ++g) barriers[g].set_members(plan.unit_groups);
-  Call<Problem, T> call{kernel, problem, plan, static_cast<T*>(scratch.get()), barriers.get()};
+  Call<Problem, T> call{kernel, problem, plan, scratch.get(), barriers.get()};
   run_team(plan.threads(), Call<Problem, T>::body, &call);
   return Status::ok;
 }
@@ -143,29 +152,56 @@ bool select_isa(const char* name) {
 template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads) {
   const Status status = check(cell, problem);
-  return status == Status::ok ? run(kernels_of<T>(cell).forward, problem, threads) : status;
+  return status == Status::ok ? run(kernels<T>().cells[cell].forward, problem, threads) : status;
 }
 
 template <class T>
 Status run_backward(int cell, const BackwardProblem<T>& problem, int threads) {
   const Status status = check(cell, problem);
-  return status == Status::ok ? run(kernels_of<T>(cell).backward, problem, threads) : status;
+  return status == Status::ok ? run(kernels<T>().cells[cell].backward, problem, threads) : status;
+}
+
+template <class T>
+Status run_linear(const LinearProblem<T>& problem, int threads) {
+  struct Call {
+    const LinearKernel<T>& kernel;
+    const LinearProblem<T>& problem;
+    T* scratch;
+  };
+  const LinearKernel<T>& kernel = kernels<T>().linear;
+  // A thread is worth waking for about a million multiplications.
+  const int64_t worth = problem.N * problem.K * problem.O / (1 << 20) + 1;
+  const int64_t items = std::min(worth, kernel.work_items(problem));
+  const int team = static_cast<int>(std::min<int64_t>(usable_threads(threads), items));
+  const auto scratch = allocate<T>(kernel.scratch_elements(problem, team));
+  if (!scratch) return Status::out_of_memory;
+  Call call{kernel, problem, scratch.get()};
+  run_team(
+      team,
+      [](int rank, int size, void* context) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.kernel.run(c.problem, c.scratch, rank, size);
+      },
+      &call);
+  return Status::ok;
 }
 
 template <class T>
 Plan plan_forward(int cell, const ForwardProblem<T>& problem, int threads) {
-  return make_plan(kernels_of<T>(cell).forward.work(problem), usable_threads(threads));
+  return make_plan(kernels<T>().cells[cell].forward.work(problem), usable_threads(threads));
 }
 
 template <class T>
 Plan plan_backward(int cell, const BackwardProblem<T>& problem, int threads) {
-  return make_plan(kernels_of<T>(cell).backward.work(problem), usable_threads(threads));
+  return make_plan(kernels<T>().cells[cell].backward.work(problem), usable_threads(threads));
 }
 
 template Status run_forward<float>(int, const ForwardProblem<float>&, int);
 template Status run_forward<double>(int, const ForwardProblem<double>&, int);
 template Status run_backward<float>(int, const BackwardProblem<float>&, int);
 template Status run_backward<double>(int, const BackwardProblem<double>&, int);
+template Status run_linear<float>(const LinearProblem<float>&, int);
+template Status run_linear<double>(const LinearProblem<double>&, int);
 template Plan plan_forward<float>(int, const ForwardProblem<float>&, int);
 template Plan plan_forward<double>(int, const ForwardProblem<double>&, int);
 template Plan plan_backward<float>(int, const BackwardProblem<float>&, int);

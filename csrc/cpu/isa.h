@@ -5,6 +5,7 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/kernels.h"
+#include "cpu/linear.h"
 #include "cpu/vmath.h"
 
 namespace rnnkern {
@@ -33,6 +34,10 @@ constexpr CellKernels<T> all_cells[] = {
     RNNKERN_CELLS(RNNKERN_ROW)
 #undef RNNKERN_ROW
 };
+
+template <class T>
+constexpr TypeKernels<T> type_kernels = {
+    all_cells<T>, {Linear<T>::scratch_elements, Linear<T>::work_items, Linear<T>::run}};
 
 }  // namespace
 }  // namespace rnnkern

@@ -1,5 +1,5 @@
 #include "cpu/isa.h"
 
 namespace rnnkern {
-const IsaKernels avx2_kernels = {"avx2", all_cells<float>, all_cells<double>};
+const IsaKernels avx2_kernels = {"avx2", type_kernels<float>, type_kernels<double>};
 }

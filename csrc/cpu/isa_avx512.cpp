@@ -1,5 +1,5 @@
 #include "cpu/isa.h"
 
 namespace rnnkern {
-const IsaKernels avx512_kernels = {"avx512", all_cells<float>, all_cells<double>};
+const IsaKernels avx512_kernels = {"avx512", type_kernels<float>, type_kernels<double>};
 }

@@ -1,5 +1,5 @@
 #include "cpu/isa.h"
 
 namespace rnnkern {
-const IsaKernels baseline_kernels = {"baseline", all_cells<float>, all_cells<double>};
+const IsaKernels baseline_kernels = {"baseline", type_kernels<float>, type_kernels<double>};
 }

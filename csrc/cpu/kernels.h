@@ -20,10 +20,23 @@ struct CellKernels {
   LoopKernel<BackwardProblem<T>, T> backward;
 };
 
+template <class T>
+struct LinearKernel {
+  int64_t (*scratch_elements)(const LinearProblem<T>&, int threads);
+  int64_t (*work_items)(const LinearProblem<T>&);  // threads beyond this many would idle
+  void (*run)(const LinearProblem<T>&, T* scratch, int rank, int size);
+};
+
+template <class T>
+struct TypeKernels {
+  const CellKernels<T>* cells;  // in the registry's order
+  LinearKernel<T> linear;
+};
+
 struct IsaKernels {
   const char* name;
-  const CellKernels<float>* float32;   // [cells], in the registry's order
-  const CellKernels<double>* float64;
+  TypeKernels<float> float32;
+  TypeKernels<double> float64;
 };
 
 extern const IsaKernels baseline_kernels;

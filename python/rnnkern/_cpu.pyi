@@ -26,3 +26,9 @@ def plan_float32(
 forward_float64 = forward_float32
 backward_float64 = backward_float32
 plan_float64 = plan_float32
+
+def linear_float32(
+    threads: int, N: int, K: int, O: int, a: int, w: int, b: int, out: int
+) -> None: ...
+
+linear_float64 = linear_float32

@@ -1,9 +1,10 @@
-"""The one matrix product of the package, through the faster of torch's two GEMM libraries.
+"""The one matrix product of the package: equal bit for bit for every number of threads, and fast.
 
-``torch.mm`` is MKL's on x86, and MKL keeps AVX-512 off on CPUs that are not Intel's; it also picks its blocking
-by the number of threads, so that the last bits of a result change with it. torch carries oneDNN too, which
-does neither: in float32 the products go there, through the operator torch's own compiler uses for
-``nn.Linear``. ``docs/performance.md`` has the numbers.
+Large float32 products go to oneDNN, through the operator torch's own compiler uses for ``nn.Linear``. What
+``torch.mm`` calls on x86, MKL, keeps AVX-512 off on CPUs that are not Intel's, and chooses its blocking by
+the number of threads, so that the last bits of a result change with it. Small products, where oneDNN's call
+costs more than the work, and float64, which it does not have, go to the native core.
+``docs/performance.md`` has the numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rnnkern._native import _cpu
+
 __all__ = ["linear"]
+
+_SMALL = 1 << 15  # elements of w; packing fewer costs the native product less than the call of oneDNN
 
 
 def _has_onednn() -> bool:
@@ -24,12 +29,12 @@ _ONEDNN = _has_onednn()
 
 
 def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return a·wᵀ + b.
+    """Return a·wᵀ + b, on the CPU.
 
     Parameters
     ----------
     a : Tensor
-        [N,K], or the transpose of a [K,N] tensor.
+        [N,K], or the transpose of a [K,N] tensor; float32 or float64.
     w : Tensor
         [O,K], or the transpose of a [K,O] tensor.
     b : Tensor or None
@@ -40,16 +45,23 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     Tensor
         [N,O], contiguous.
     """
-    if _ONEDNN and a.dtype == torch.float32 and a.numel() > 0:
+    (N, K), O = a.shape, w.shape[0]  # noqa: E741
+    if _ONEDNN and a.dtype == torch.float32 and K * O > _SMALL:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             _dense(a), _dense(w), b, "none", [], ""
         )
         return product
-    return torch.mm(a, w.t()) if b is None else torch.addmm(b, a, w.t())
+    out = a.new_empty(N, O)
+    if N > 0:
+        a, w = a.contiguous(), w.contiguous()
+        run = _cpu.linear_float64 if a.dtype == torch.float64 else _cpu.linear_float32
+        bias = 0 if b is None else b.data_ptr()
+        run(torch.get_num_threads(), N, K, O, a.data_ptr(), w.data_ptr(), bias, out.data_ptr())
+    return out
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Return `t` without gaps between its rows or columns: oneDNN is slow by orders of magnitude else."""
+    """Return `t` without gaps between its rows or columns: else oneDNN is slow by orders of magnitude."""
     if t.is_contiguous() or t.t().is_contiguous():
         return t
     return t.t().contiguous().t() if t.stride(0) == 1 else t.contiguous()
