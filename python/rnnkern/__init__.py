@@ -1,4 +1,4 @@
-"""Fused LSTM, GRU and Elman RNN kernels: drop-in replacements for ``torch.nn``'s recurrent modules."""
+"""Fused LSTM, GRU and Elman RNN kernels, drop-in for ``torch.nn``'s recurrent modules."""
 
 import torch  # noqa: F401  first, so that its OpenMP runtime is the one the kernels share
 

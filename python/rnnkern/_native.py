@@ -1,7 +1,7 @@
 """The native extension modules, and what they say of themselves.
 
-Import torch before this module: torch's wheel brings its own OpenMP runtime, and the CPU kernels then share
-it instead of loading a second one.
+Import torch before this module: torch's wheel brings its own OpenMP runtime, and the CPU kernels
+then share it instead of loading a second one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def select_isa(name: str) -> None:
     Raises
     ------
     ValueError
-        If the name is unknown or this CPU does not support it; the message lists the supported ones.
+        If the name is unknown or this CPU does not support it; the message lists the supported
+        ones.
     """
     _cpu.select_isa(name)
 

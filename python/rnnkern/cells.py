@@ -12,7 +12,7 @@ from rnnkern._native import _cpu
 
 @dataclass(frozen=True)
 class Cell:
-    """What Python must know of a cell; the fields are those of the cell contract in ``core/cell.h``."""
+    """What Python must know of a cell; the fields are those of the contract, ``core/cell.h``."""
 
     index: int
     name: str

@@ -44,8 +44,9 @@ def _swap(module: nn.Module) -> nn.Module:
 def convert(model: ModuleT) -> ModuleT:
     """Replace every ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and cell in `model` by rnnkern's, in place.
 
-    The new modules share the parameters, hooks, mode and settings of the old ones, so optimizers that hold
-    the parameters go on working. A module that stands in several places is replaced in all of them by one.
+    The new modules share the parameters, hooks, mode and settings of the old ones, so optimizers
+    that hold the parameters go on working. A module that stands in several places is replaced in
+    all of them by one.
 
     Parameters
     ----------
@@ -60,7 +61,8 @@ def convert(model: ModuleT) -> ModuleT:
     Warns
     -----
     UserWarning
-        For each recurrent module that stays as it is (a subclass of torch's, say), with its name and why.
+        For each recurrent module that stays as it is (a subclass of torch's, say), with its name
+        and why.
 
     Raises
     ------

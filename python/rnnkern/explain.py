@@ -100,7 +100,7 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
     else:
         raise TypeError(f"module: expected one of rnnkern's modules, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
-    dtype = torch.float32 if torch.is_autocast_enabled(data.device.type) else data.dtype
+    dtype = torch.float32 if layers.autocasts(data) else data.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     reason = layers.missing_kernel(data)
     if reason is not None:

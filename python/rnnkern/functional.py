@@ -1,9 +1,9 @@
 """The functional form: recurrent layers as functions of input, weights and state.
 
-Weights come as one flat sequence in the order of ``torch.nn``'s ``_flat_weights``: layer by layer, in a layer
-direction by direction, and for each (w_ih [G·H,I], w_hh [G·H,P], b_ih [G·H], b_hh [G·H], w_hr [P,H]),
-without the biases if `bias` is False and without w_hr if there is no projection. I is D·P from the second
-layer on.
+Weights come as one flat sequence in the order of ``torch.nn``'s ``_flat_weights``: layer by layer,
+in a layer direction by direction, and for each (w_ih [G·H,I], w_hh [G·H,P], b_ih [G·H], b_hh [G·H],
+w_hr [P,H]), without the biases if `bias` is False and without w_hr if there is no projection. I is
+D·P from the second layer on.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def recurrent(
     weights : sequence of Tensor
         See the module's text.
     states, reset_states : tuple of Tensor, optional
-        Initial states, and states before a reset step: h [L·D,B,P] and, if the cell has one, c [L·D,B,H];
-        without the batch dimension for unbatched input. Zero if left out.
+        Initial states, and states before a reset step: h [L·D,B,P] and, if the cell has one, c
+        [L·D,B,H]; without the batch dimension for unbatched input. Zero if left out.
     dropout : float
         Probability of zeroing an output between layers, when `training`.
     lengths : Tensor, optional
@@ -69,8 +69,8 @@ def recurrent(
     Raises
     ------
     ValueError
-        If the cell is unknown, the weights do not form a stack, or a tensor does not fit; the message names
-        the argument, what was expected and what came.
+        If the cell is unknown, the weights do not form a stack, or a tensor does not fit; the
+        message names the argument, what was expected and what came.
     """
     info = get_cell(cell)
     directions = num_layers * (2 if bidirectional else 1)
@@ -79,7 +79,9 @@ def recurrent(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
     plain = 2 + 2 * bias
-    counts = (directions * plain, directions * (plain + 1)) if info.projects else (directions * plain,)
+    counts = (
+        (directions * plain, directions * (plain + 1)) if info.projects else (directions * plain,)
+    )
     if len(weights) not in counts:
         raise ValueError(
             f"weights: expected {' or '.join(map(str, counts))} tensors for {num_layers} layer(s),"
@@ -121,7 +123,10 @@ def lstm(
     resets: Tensor | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Data, tuple[Tensor, Tensor]]:
-    """Run an LSTM (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000; projection: Sak et al. 2014).
+    """Run an LSTM.
+
+    Hochreiter & Schmidhuber (1997), with the forget gate of Gers et al. (2000) and, where the
+    weights have w_hr, the projection of Sak et al. (2014).
 
     Parameters and errors are those of :func:`recurrent`; `hx` and `reset_state` are (h, c).
 
@@ -166,7 +171,10 @@ def gru(
     resets: Tensor | None = None,
     reset_state: Tensor | None = None,
 ) -> tuple[Data, Tensor]:
-    """Run a GRU, with the reset gate after the product (torch's) or before it (Cho et al. 2014, eq. 5-8).
+    """Run a GRU.
+
+    The reset gate acts after the recurrent product, as in torch, or with `reset_after` False
+    before it, as in Cho et al. (2014), eq. 5-8.
 
     Parameters and errors are those of :func:`recurrent`; `hx` and `reset_state` are h.
 

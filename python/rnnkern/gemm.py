@@ -1,10 +1,10 @@
 """The one matrix product of the package: equal bit for bit for every number of threads, and fast.
 
-Large float32 products go to oneDNN, through the operator torch's own compiler uses for ``nn.Linear``. What
-``torch.mm`` calls on x86, MKL, keeps AVX-512 off on CPUs that are not Intel's, and chooses its blocking by
-the number of threads, so that the last bits of a result change with it. Small products, where oneDNN's call
-costs more than the work, and float64, which it does not have, go to the native core.
-``docs/performance.md`` has the numbers.
+Large float32 products go to oneDNN, through the operator torch's own compiler uses for
+``nn.Linear``. What ``torch.mm`` calls on x86, MKL, keeps AVX-512 off on CPUs that are not Intel's,
+and chooses its blocking by the number of threads, so that the last bits of a result change with it.
+Small products, where oneDNN's call costs more than the work, and float64, which it does not have,
+go to the native core. ``docs/performance.md`` has the numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from rnnkern._native import _cpu
 
 __all__ = ["linear"]
 
-_SMALL = 1 << 15  # elements of w; packing fewer costs the native product less than the call of oneDNN
+_SMALL = (
+    1 << 15
+)  # elements of w; packing fewer costs the native product less than the call of oneDNN
 
 
 def _has_onednn() -> bool:
@@ -45,7 +47,7 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     Tensor
         [N,O], contiguous.
     """
-    (N, K), O = a.shape, w.shape[0]  # noqa: E741
+    (N, K), O = a.shape, w.shape[0]
     if _ONEDNN and a.dtype == torch.float32 and K * O > _SMALL:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             _dense(a), _dense(w), b, "none", [], ""
@@ -61,7 +63,7 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _dense(t: Tensor) -> Tensor:
-    """Return `t` without gaps between its rows or columns: else oneDNN is slow by orders of magnitude."""
+    """Return `t` without gaps between rows or columns, which make oneDNN crawl."""
     if t.is_contiguous() or t.t().is_contiguous():
         return t
     return t.t().contiguous().t() if t.stride(0) == 1 else t.contiguous()

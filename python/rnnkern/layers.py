@@ -1,7 +1,8 @@
-"""A stack of recurrent layers over one sequence batch: what the modules and the functional form share.
+"""A stack of recurrent layers: what the modules and the functional form share.
 
-Here the sequence forms meet the operator: padded, packed and unbatched input, `lengths`, `resets`, states of
-all layers in one tensor, dropout between layers, autocast, and the choice between kernel and reference.
+Here the sequence forms meet the operator: padded, packed and unbatched input, `lengths`, `resets`,
+states of all layers in one tensor, dropout between layers, autocast, and the choice between kernel
+and reference.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as dropout_
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnkern.arguments import LayerInputs
 from rnnkern.cells import Cell
-from rnnkern.ops import LayerInputs, reference_layer
+from rnnkern.checks import KERNEL_DTYPES
+from rnnkern.ops import reference_layer
 
 States = tuple[Tensor, ...]
 Direction = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
-
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ def missing_kernel(input: Tensor) -> str | None:
         return f"no kernel for device type '{input.device.type}' in this build"
     if input.dtype not in KERNEL_DTYPES:
         return f"no kernel for dtype {input.dtype}"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return "torch.func transforms and forward-mode AD differentiate plain torch operations"
     return None
 
 
@@ -81,6 +86,7 @@ def run(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     reset_states: States | None = None,
+    one_step: bool = False,
 ) -> tuple[Tensor | PackedSequence, States]:
     """Run the whole stack on padded [T,B,I], unbatched [T,I] or packed input.
 
@@ -96,6 +102,8 @@ def run(
         Integers [B] in [0, T], on any device.
     resets : Tensor or None
         bool [T,B] ([B,T] with batch_first; [T] for unbatched input).
+    one_step : bool
+        Called for a cell module, whose types under autocast differ.
 
     Returns
     -------
@@ -115,17 +123,23 @@ def run(
         raise ValueError("lengths: a PackedSequence carries its own lengths; give one or the other")
     if unbatched:
         if lengths is not None:
-            raise ValueError("lengths: expected None for unbatched (2-D) input; slice the input instead")
+            raise ValueError(
+                "lengths: expected None for unbatched (2-D) input; slice the input instead"
+            )
         data = data.unsqueeze(0 if batch_first else 1)
         states = None if states is None else tuple(s.unsqueeze(1) for s in states)
         reset_states = None if reset_states is None else tuple(s.unsqueeze(1) for s in reset_states)
         if resets is not None:
             if resets.shape != (data.shape[1 if batch_first else 0],):
-                raise ValueError(f"resets: expected [T] for unbatched input, got {list(resets.shape)}")
+                raise ValueError(
+                    f"resets: expected [T] for unbatched input, got {list(resets.shape)}"
+                )
             resets = resets.unsqueeze(0 if batch_first else 1)
     if reset_states is not None and resets is None:
         raise ValueError("reset_state: has no effect without resets")
     if packed is not None:
+        if packed.batch_sizes.dtype != torch.int64:
+            raise RuntimeError("expected scalar type Long but found Int")
         B = int(packed.batch_sizes[0])
         if resets is not None and structure.batch_first:
             resets = resets.transpose(0, 1)
@@ -135,7 +149,7 @@ def run(
         states = _zero_states(structure, data, weights, B)
     if reset_states is not None:
         _check_states("reset_state", reset_states, states)
-    _check_devices(data, states, resets, reset_states)
+    _check_devices(data, weights, states, resets, reset_states)
     y, finals = _stack(
         structure,
         data,
@@ -146,6 +160,7 @@ def run(
         lengths=lengths,
         resets=resets,
         reset_states=reset_states,
+        one_step=one_step,
     )
     if packed is not None:
         return (
@@ -176,15 +191,26 @@ def _check_states(name: str, given: States, states: States) -> None:
 
 
 def _check_devices(
-    data: Tensor, states: States, resets: Tensor | None, reset_states: States | None
+    data: Tensor,
+    weights: Sequence[Tensor],
+    states: States,
+    resets: Tensor | None,
+    reset_states: States | None,
 ) -> None:
-    for name, tensors in (("hx", states), ("reset_state", reset_states or ())):
+    """Raise torch's own messages for tensors on different devices."""
+    for name, tensors in (("hidden", states), ("reset_state", reset_states or ())):
         for t in tensors:
             if t.device != data.device:
                 raise RuntimeError(
-                    f"Input and hidden tensors are not at the same device, found input tensor at"
-                    f" {data.device} and {name} at {t.device}"
+                    "Input and hidden tensors are not at the same device, found input tensor at"
+                    f" {data.device} and {name} tensor at {t.device}"
                 )
+    for w in weights:
+        if w.device != data.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at"
+                f" {data.device} and parameter tensor at {w.device}"
+            )
     if resets is not None and resets.dtype != torch.bool:
         raise ValueError(f"resets: expected dtype torch.bool, got {resets.dtype}")
 
@@ -200,11 +226,14 @@ def _stack(
     lengths: Tensor | None,
     resets: Tensor | None,
     reset_states: States | None,
+    one_step: bool,
 ) -> tuple[Tensor, States]:
-    output_dtype = None
-    if torch.is_autocast_enabled(data.device.type):
-        # The kernel computes in float32 whatever autocast would choose; the results get torch's type.
-        output_dtype = _autocast_dtype(structure, data, states, packed is not None)
+    dtypes = None
+    if autocasts(data):
+        # The kernel computes in float32 whatever autocast would choose; the results get torch's
+        # type.
+        fused = packed is None and not structure.projection and not one_step
+        dtypes = _autocast_dtypes(structure, data, states, fused)
         data, *rest = (t.float() for t in (data, *states, *weights, *(reset_states or ())))
         states, rest = tuple(rest[: len(states)]), rest[len(states) :]
         weights, rest = rest[: len(weights)], rest[len(weights) :]
@@ -219,7 +248,7 @@ def _stack(
             for d in range(D)
         ]
         if index > 0 and dropout > 0:
-            data = dropout_(data, dropout, training=True)
+            data = torch.dropout(data, dropout, train=True)
         data, final = run_layer(
             structure.cell,
             data,
@@ -239,8 +268,9 @@ def _stack(
         final_states = finals[0]
     else:
         final_states = tuple(torch.cat(s) for s in zip(*finals, strict=True))
-    if output_dtype is not None:
-        data, final_states = data.to(output_dtype), tuple(s.to(output_dtype) for s in final_states)
+    if dtypes is not None:
+        data = data.to(dtypes[0])
+        final_states = tuple(s.to(d) for s, d in zip(final_states, dtypes, strict=True))
     return data, final_states
 
 
@@ -249,13 +279,24 @@ def _direction(structure: Structure, tensors: Sequence[Tensor]) -> Direction:
     return tensors[0], tensors[1], b_ih, b_hh, tensors[-1] if structure.projection else None
 
 
-def _autocast_dtype(structure: Structure, data: Tensor, states: States, packed: bool) -> torch.dtype:
-    """Return the type that torch's own module has under autocast, where only the products are narrow."""
+def autocasts(data: Tensor) -> bool:
+    """Return whether autocast applies; float64 and meta tensors it leaves alone."""
+    kind = data.device.type
+    return data.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _autocast_dtypes(
+    structure: Structure, data: Tensor, states: States, fused: bool
+) -> list[torch.dtype]:
+    """Return the types of torch's own results under autocast, where only the products are narrow.
+
+    `fused`: torch would run its fused CPU LSTM, which is narrow throughout.
+    """
     narrow = torch.get_autocast_dtype(data.device.type)
-    name = structure.cell.name
-    if name.startswith("rnn") or (name == "lstm" and not packed and not structure.projection):
-        return narrow
-    return torch.promote_types(states[0].dtype, narrow)
+    if structure.cell.name.startswith("rnn") or (fused and structure.cell.name == "lstm"):
+        return [narrow] * len(states)
+    dtypes = [torch.promote_types(s.dtype, narrow) for s in states]
+    return [narrow, *dtypes[1:]] if structure.projection else dtypes
 
 
 def run_layer(
@@ -280,7 +321,7 @@ def run_layer(
         The output, [T,B,D·P] or packed rows [N,D·P], and the final states.
     """
     two = cell.states == 2
-    args = LayerInputs(
+    args = LayerInputs(  # type: ignore[call-arg]
         cell.name,
         data,
         states[0],
@@ -298,8 +339,8 @@ def run_layer(
     if missing_kernel(data) is not None:
         y, *final = reference_layer(args)
         return y, tuple(final)
-    save = torch.is_grad_enabled() and any(
-        t.requires_grad for t in args if isinstance(t, Tensor)
-    )
+    # A trace must come out the same in every grad mode; the operator's backward copes with either.
+    recording = torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
+    save = recording and any(t.requires_grad for t in args if isinstance(t, Tensor))
     y, hn, cn, *_ = torch.ops.rnnkern.layer(*args, save)
     return y, (hn, cn) if two else (hn,)

@@ -1,8 +1,8 @@
 """Drop-in replacements for ``torch.nn``'s recurrent modules.
 
-Constructors, parameters, state_dict, checks and their messages are torch's own (the classes derive from
-``nn.RNNBase`` and ``nn.RNNCellBase``); forward runs rnnkern's fused kernels, and takes three keyword
-arguments more: `lengths`, `resets` and `reset_state`.
+Constructors, parameters, state_dict, checks and their messages are torch's own (the classes derive
+from ``nn.RNNBase`` and ``nn.RNNCellBase``); forward runs rnnkern's fused kernels, and takes three
+keyword arguments more: `lengths`, `resets` and `reset_state`.
 """
 
 from __future__ import annotations
@@ -18,28 +18,6 @@ from rnnkern.cells import get_cell
 from rnnkern.layers import States, Structure
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
-
-_EXTRA_ARGUMENTS = """
-    Parameters of forward
-    ---------------------
-    input : Tensor or PackedSequence
-        [T,B,I], [B,T,I] with `batch_first`, or unbatched [T,I].
-    hx : Tensor or tuple of Tensor, optional
-        Initial state as in torch; zero if left out.
-    lengths : Tensor, optional
-        Integers [B] in [0, T], in any order and on any device. A step beyond a row's length gives y = 0 and
-        leaves the row's state, so the final state is that of its last step. Not with a PackedSequence.
-    resets : Tensor, optional
-        bool [T,B] ([B,T] with `batch_first`, [T] unbatched): step t starts a new segment. No information
-        crosses its start in either direction.
-    reset_state : Tensor or tuple of Tensor, optional
-        The state before a reset step, of hx's form, differentiable; zero if left out.
-
-    Raises
-    ------
-    ValueError, RuntimeError
-        As torch's module does, and for lengths, resets or reset_state that do not fit the input.
-"""
 
 
 class _Recurrent(nn.RNNBase):
@@ -59,12 +37,11 @@ class _Recurrent(nn.RNNBase):
         return self.mode.lower()
 
     def _current_weights(self) -> list[Tensor]:
-        """Return the weights as they are now: assigned, tied, parametrized or swapped ones included."""
+        """Return the weights as they are now: assigned, tied, parametrized or swapped."""
         if torch.compiler.is_compiling():
             return [getattr(self, name) for name in self._flat_weights_names]
         self._update_flat_weights()
-        weights: list[Tensor] = self._flat_weights
-        return weights
+        return self._flat_weights  # type: ignore[return-value]
 
     def forward(
         self,
@@ -75,7 +52,36 @@ class _Recurrent(nn.RNNBase):
         resets: Tensor | None = None,
         reset_state: Any = None,
     ) -> tuple[Any, Any]:
-        """Run the layers; see the class."""
+        """Run the layers over a batch of sequences.
+
+        Parameters
+        ----------
+        input : Tensor or PackedSequence
+            [T,B,I], [B,T,I] with `batch_first`, or unbatched [T,I].
+        hx : Tensor or tuple of Tensor, optional
+            Initial state as in torch; zero if left out.
+        lengths : Tensor, optional
+            Integers [B] in [0, T], in any order and on any device. A step beyond a row's length
+            gives y = 0 and leaves the row's state, so the final state is that of its last step.
+            Not with a PackedSequence.
+        resets : Tensor, optional
+            bool [T,B] ([B,T] with `batch_first`, [T] unbatched): step t starts a new segment. No
+            information crosses its start in either direction.
+        reset_state : Tensor or tuple of Tensor, optional
+            The state before a reset step, of hx's form, differentiable; zero if left out.
+
+        Returns
+        -------
+        output : Tensor or PackedSequence
+            As the input, with D·P features, in torch's memory layout.
+        hidden : Tensor or tuple of Tensor
+            The final state, of hx's form.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            As torch's module does, and for lengths, resets or reset_state that do not fit.
+        """
         weights = self._current_weights()
         batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
         states = None if hx is None else self._as_states(hx)
@@ -89,12 +95,20 @@ class _Recurrent(nn.RNNBase):
             training=self.training,
             lengths=lengths,
             resets=resets,
-            reset_states=None if reset_state is None else self._as_states(reset_state),
+            reset_states=None if reset_state is None else self._as_reset_states(reset_state),
         )
         return y, self._as_hidden(finals)
 
     def _as_states(self, hx: Any) -> States:
         return (hx,)
+
+    def _as_reset_states(self, reset_state: Any) -> States:
+        count = get_cell(self._cell_name()).states
+        states = (reset_state,) if count == 1 else reset_state
+        if not isinstance(states, tuple | list) or not all(isinstance(s, Tensor) for s in states):
+            form = "a tensor" if count == 1 else "a pair of tensors"
+            raise TypeError(f"reset_state: expected {form}, got {type(reset_state).__name__}")
+        return tuple(states)
 
     def _as_hidden(self, states: States) -> Any:
         return states[0]
@@ -127,28 +141,30 @@ class _Recurrent(nn.RNNBase):
         if states[0].dim() != data.dim():
             form = "unbatched 2-D" if data.dim() == 2 else "batched 3-D"
             raise RuntimeError(
-                f"For {form} input, hx should also be {data.dim()}-D but got {states[0].dim()}-D tensor"
+                f"For {form} input, hx should also be {data.dim()}-D"
+                f" but got {states[0].dim()}-D tensor"
             )
 
 
 class LSTM(_Recurrent):
-    __doc__ = (
-        """Long short-term memory: a drop-in for :class:`torch.nn.LSTM`.
+    """Long short-term memory: a drop-in for :class:`torch.nn.LSTM`.
 
-    The cell is Hochreiter & Schmidhuber's (1997) with the forget gate of Gers et al. (2000); `proj_size`
-    is the projection of Sak et al. (2014). The constructor is ``torch.nn.LSTM``'s.
+    The cell is Hochreiter & Schmidhuber's (1997) with the forget gate of Gers et al. (2000);
+    `proj_size` is the projection of Sak et al. (2014). The constructor is ``torch.nn.LSTM``'s.
+
+    Forward takes `lengths`, `resets` and `reset_state` besides; see there.
     """
-        + _EXTRA_ARGUMENTS
-    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def _as_states(self, hx: Any) -> States:
+        if isinstance(hx, tuple | list) and len(hx) > 2:
+            raise RuntimeError("lstm expects two hidden states")
         return (hx[0], hx[1])
 
     def _as_hidden(self, states: States) -> Any:
@@ -165,17 +181,16 @@ class LSTM(_Recurrent):
 
 
 class GRU(_Recurrent):
-    __doc__ = (
-        """Gated recurrent unit: a drop-in for :class:`torch.nn.GRU`.
+    """Gated recurrent unit: a drop-in for :class:`torch.nn.GRU`.
 
     The constructor is ``torch.nn.GRU``'s and one keyword more:
 
     reset_after : bool
-        True (default): the reset gate acts after the recurrent product, as in torch and cuDNN. False: it
-        acts on the state before the product, as in Cho et al. (2014), eq. 5-8.
+        True (default): the reset gate acts after the recurrent product, as in torch and cuDNN.
+        False: it acts on the state before the product, as in Cho et al. (2014), eq. 5-8.
+
+    Forward takes `lengths`, `resets` and `reset_state` besides; see there.
     """
-        + _EXTRA_ARGUMENTS
-    )
 
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -188,7 +203,7 @@ class GRU(_Recurrent):
         self.reset_after = reset_after
 
     def __setstate__(self, d: dict[str, Any]) -> None:
-        super().__setstate__(d)
+        super().__setstate__(d)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("reset_after", True)
 
     def extra_repr(self) -> str:
@@ -201,13 +216,13 @@ class GRU(_Recurrent):
 
 
 class RNN(_Recurrent):
-    __doc__ = (
-        """Elman RNN (1990) with tanh or relu: a drop-in for :class:`torch.nn.RNN`.
+    """Elman RNN (1990) with tanh or relu: a drop-in for :class:`torch.nn.RNN`.
 
-    The constructor is ``torch.nn.RNN``'s, with `nonlinearity` as fourth positional argument or keyword.
+    The constructor is ``torch.nn.RNN``'s, with `nonlinearity` as fourth positional argument or
+    keyword.
+
+    Forward takes `lengths`, `resets` and `reset_state` besides; see there.
     """
-        + _EXTRA_ARGUMENTS
-    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
@@ -233,15 +248,12 @@ class _Cell(nn.RNNCellBase):
     def _cell_name(self) -> str:
         raise NotImplementedError
 
-    def _step(self, input: Tensor, states: States | None) -> States:
+    def _step(self, input: Tensor, hx: Any) -> States:
         name, cell = type(self).__name__, get_cell(self._cell_name())
         if input.dim() not in (1, 2):
-            raise ValueError(
-                f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
-        if states is not None:
-            self._check_states(name, states)
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         unbatched = input.dim() == 1
+        states = None if hx is None else self._as_states(name, hx, unbatched)
         x = input.unsqueeze(0) if unbatched else input
         if states is None:
             states = (x.new_zeros(x.size(0), self.hidden_size),) * cell.states
@@ -253,16 +265,19 @@ class _Cell(nn.RNNCellBase):
             weights += [self.bias_ih, self.bias_hh]
         self._check_sizes(x, states)
         _, finals = layers.run(
-            structure, x.unsqueeze(0), tuple(s.unsqueeze(0) for s in states), weights
+            structure,
+            x.unsqueeze(0),
+            tuple(s.unsqueeze(0) for s in states),
+            weights,
+            one_step=True,
         )
         finals = tuple(s.squeeze(0) for s in finals)
         return tuple(s.squeeze(0) for s in finals) if unbatched else finals
 
-    def _check_states(self, name: str, states: States) -> None:
-        if states[0].dim() not in (1, 2):
-            raise ValueError(
-                f"{name}: Expected hidden to be 1D or 2D, got {states[0].dim()}D instead"
-            )
+    def _as_states(self, name: str, hx: Any, unbatched: bool) -> States:
+        if hx.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        return (hx,)
 
     def _check_sizes(self, x: Tensor, states: States) -> None:
         """Raise what torch's cells raise, in ``aten/src/ATen/native/RNN.cpp``'s words."""
@@ -298,8 +313,8 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the next state [B,H] (or [H]) from the input [B,I] (or [I]) and the state before."""
-        return self._step(input, None if hx is None else (hx,))[0]
+        """Return the next state [B,H] (or [H]) from input [B,I] (or [I]) and the state before."""
+        return self._step(input, hx)[0]
 
     def _cell_name(self) -> str:
         if self.nonlinearity not in ("tanh", "relu"):
@@ -324,18 +339,25 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the next (h, c), each [B,H] (or [H]), from the input [B,I] (or [I]) and (h, c)."""
-        h, c = self._step(input, None if hx is None else (hx[0], hx[1]))
+        h, c = self._step(input, hx)
         return h, c
 
     def _cell_name(self) -> str:
         return "lstm"
 
-    def _check_states(self, name: str, states: States) -> None:
-        for index, s in enumerate(states):
+    def _as_states(self, name: str, hx: Any, unbatched: bool) -> States:
+        for index, s in enumerate(hx):
             if s.dim() not in (1, 2):
                 raise ValueError(
                     f"{name}: Expected hx[{index}] to be 1D or 2D, got {s.dim()}D instead"
                 )
+        if not unbatched and isinstance(hx, Tensor):
+            raise TypeError(
+                "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+            )
+        if not unbatched and len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+        return (hx[0], hx[1])
 
 
 class GRUCell(_Cell):
@@ -352,8 +374,8 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Return the next state [B,H] (or [H]) from the input [B,I] (or [I]) and the state before."""
-        return self._step(input, None if hx is None else (hx,))[0]
+        """Return the next state [B,H] (or [H]) from input [B,I] (or [I]) and the state before."""
+        return self._step(input, hx)[0]
 
     def _cell_name(self) -> str:
         return "gru"

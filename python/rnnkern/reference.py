@@ -1,10 +1,11 @@
 """The reference: every cell and every sequence feature in plain torch operations.
 
-It defines what the kernels must compute. It also runs where no kernel does (other devices and dtypes), and
-it is what the kernels' double backward differentiates.
+It defines what the kernels must compute. It also runs where no kernel does (other devices and
+dtypes), and it is what the kernels' double backward differentiates.
 
-A cell is a function of the input's pre-activation ``x = W·input + b_ih`` [B,G·H], the states (h [B,P], and
-c [B,H]), the recurrent weights ``R`` [G·H,P] and bias ``b`` [G·H] or None; it returns the new states.
+A cell is a function of the input's pre-activation ``x = W·input + b_ih`` [B,G·H], the states (h
+[B,P], and c [B,H]), the recurrent weights ``R`` [G·H,P] and bias ``b`` [G·H] or None; it returns
+the new states.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def layer(
     reset: States | None = None,
     batch_first: bool = False,
 ) -> tuple[Tensor, States]:
-    """Run one layer, differentiably, with the same arguments and results as the op ``rnnkern::layer``.
+    """Run one layer, differentiably; arguments and results are those of ``rnnkern::layer``.
 
     Parameters
     ----------
@@ -217,6 +218,8 @@ def layer(
     if index is not None:
         y = y.flatten(0, 1).index_select(0, index)
         if order is not None:
-            back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+            back = torch.empty_like(order).scatter_(
+                0, order, torch.arange(order.numel(), device=order.device)
+            )
             states = tuple(s[:, back] for s in states)
     return y, states

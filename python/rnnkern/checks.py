@@ -1,0 +1,132 @@
+"""What the operators make sure of before the native core reads through bare addresses.
+
+Modules raise torch's own messages earlier; these also stop a direct call of an operator. Each
+names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rnnkern.arguments import DIFFERENTIABLE, BackwardInputs, LayerInputs, Sizes, sizes_of
+from rnnkern.cells import Cell
+
+STEERING = ("batch_sizes", "order", "lengths", "resets")
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_layer(a: LayerInputs, cell: Cell) -> Sizes:
+    """Check every argument of a layer and return its sizes."""
+    _ranks(a)
+    s = sizes_of(a, cell)
+    if s.T < 1:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    _presence(a, cell, s)
+    if a.batch_sizes is None:
+        _shape("input", a.input, (s.B, s.T, s.I) if a.batch_first else (s.T, s.B, s.I))
+    gh = s.G * s.H
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(a.directions):
+        suffix = "_reverse" if d else ""
+        _shape("w_ih" + suffix, w_ih, (gh, s.I))
+        _shape("w_hh" + suffix, w_hh, (gh, s.P))
+        _shape("b_ih" + suffix, b_ih, (gh,))
+        _shape("b_hh" + suffix, b_hh, (gh,))
+        _shape("w_hr" + suffix, w_hr, (s.P, s.H))
+    _shape("c0", a.c0, (s.D, s.B, s.H))
+    _shape("reset_h", a.reset_h, (s.D, s.B, s.P))
+    _shape("reset_c", a.reset_c, (s.D, s.B, s.H))
+    if a.input.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"input: expected one of {KERNEL_DTYPES}, got {a.input.dtype}")
+    for name in DIFFERENTIABLE:
+        _type(name, getattr(a, name), a.input.dtype)
+    check_devices(a)
+    return s
+
+
+def check_devices(a: LayerInputs, g: BackwardInputs | None = None) -> None:
+    """Check that the data lies on one device; what only steers may lie on any that has values."""
+    named = a._asdict() if g is None else {**a._asdict(), **g._asdict()}
+    for name, t in named.items():
+        if not isinstance(t, Tensor) or t.device == a.input.device:
+            continue
+        if name not in STEERING or t.device.type == "meta":
+            raise ValueError(f"{name}: expected a tensor on {a.input.device}, got {t.device}")
+
+
+def check_backward(cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs) -> None:
+    """Check the arguments of ``layer_backward`` beyond those of the layer."""
+    computed = torch.float64 if a.input.dtype == torch.float64 else torch.float32
+    for name, width in (("gates", 0), ("h_prev", s.P), ("saved", cell.saved * s.H)):
+        t = getattr(g, name)
+        _shape(name, t, (s.D, s.N, width) if width or name == "saved" else (s.N, s.D * s.G * s.H))
+        _type(name, t, computed)
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor")
+    rows = (s.N,) if a.batch_sizes is not None else (s.T, s.B)
+    _shape("dy", g.dy, (*rows, s.D * s.P))
+    _shape("dhn", g.dhn, (s.D, s.B, s.P))
+    _shape("dcn", g.dcn, (s.D, s.B, s.H))
+    check_devices(a, g)
+    if len(g.output_mask) != len(DIFFERENTIABLE):
+        raise ValueError(
+            f"output_mask: expected {len(DIFFERENTIABLE)} entries, got {len(g.output_mask)}"
+        )
+
+
+def integers(name: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return integers of any type, device and stride as the native core reads them."""
+    if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.shape != shape:
+        raise ValueError(f"{name}: expected integers {list(shape)}, got {t.dtype} {list(t.shape)}")
+    return t.to("cpu", torch.int64).contiguous()
+
+
+def _ranks(a: LayerInputs) -> None:
+    if a.batch_sizes is not None:
+        if a.lengths is not None:
+            raise ValueError("lengths: packed input carries its own lengths; give one or the other")
+        if a.batch_first:
+            raise ValueError("batch_first: expected False for packed input, got True")
+        _rank("batch_sizes", a.batch_sizes, 1)
+    elif a.order is not None:
+        raise ValueError("order: expected None without batch_sizes")
+    _rank("input", a.input, 3 if a.batch_sizes is None else 2)
+    _rank("h0", a.h0, 3)
+    _rank("w_hr", a.w_hr, 2)
+
+
+def _presence(a: LayerInputs, cell: Cell, s: Sizes) -> None:
+    """Check that what belongs together came together."""
+    if (a.w_ih_reverse is None) != (a.w_hh_reverse is None):
+        raise ValueError("w_hh_reverse: expected with w_ih_reverse, or neither")
+    if len(a.directions) != s.D:
+        raise ValueError(f"h0: expected one state a direction, got {list(a.h0.shape)}")
+    if s.D == 1 and not a.b_ih_reverse is a.b_hh_reverse is a.w_hr_reverse is None:
+        raise ValueError(
+            "b_ih_reverse, b_hh_reverse, w_hr_reverse: expected None without w_ih_reverse"
+        )
+    if s.D == 2 and (a.w_hr is None) != (a.w_hr_reverse is None):
+        raise ValueError("w_hr_reverse: expected a projection in both directions or in none")
+    if a.w_hr is not None and not cell.projects:
+        raise ValueError(f"w_hr: {cell.name} has no projection")
+    if (a.c0 is None) != (cell.states == 1):
+        raise ValueError(f"c0: {cell.name} has {cell.states} state(s)")
+    if a.resets is None and (a.reset_h is not None or a.reset_c is not None):
+        raise ValueError("reset_h, reset_c: expected None without resets")
+    if (a.reset_h is None or cell.states == 1) != (a.reset_c is None):
+        raise ValueError(f"reset_h, reset_c: {cell.name} has {cell.states} state(s)")
+
+
+def _rank(name: str, t: Tensor | None, rank: int) -> None:
+    if t is not None and t.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimension(s), got {list(t.shape)}")
+
+
+def _shape(name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    if t is not None and t.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+
+
+def _type(name: str, t: Tensor | None, dtype: torch.dtype) -> None:
+    if t is not None and t.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
