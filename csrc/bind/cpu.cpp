@@ -1,7 +1,9 @@
-// rnnkern._cpu: integers from Python -> problem structs, statuses -> exceptions. Nothing else happens here.
+// rnnkern._cpu: integers from Python -> problem structs, statuses -> exceptions. Nothing else
+// happens here.
 //
-// Every tensor is an address (0: absent); shapes stand in core/problem.h. The caller keeps the tensors
-// alive, contiguous where that file says so, and large enough; python/rnnkern/ops.py is the one caller.
+// Every tensor is an address (0: absent); shapes stand in core/problem.h. The caller keeps the
+// tensors alive, contiguous where that file says so, and large enough; python/rnnkern/cpu.py is the
+// one caller.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -39,7 +41,8 @@ Sequence sequence(const py::tuple& t) {
 
 // (H, P, x_rows, y_rows)
 template <class Problem>
-void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes, const py::tuple& directions) {
+void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes,
+               const py::tuple& directions) {
   p.seq = sequence(seq);
   p.H = integer(sizes[0]);
   p.P = integer(sizes[1]);
@@ -73,7 +76,8 @@ ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, 
   return p;
 }
 
-// (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn, dx, extra, dh, dh0, dc0, dreset_h, dreset_c)
+// (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn, dx, extra, dh, dh0, dc0, dreset_h,
+// dreset_c)
 template <class T>
 BackwardProblem<T> backward_problem(const py::tuple& seq, const py::tuple& sizes,
                                     const py::tuple& directions) {
@@ -150,7 +154,8 @@ void linear(int threads, int64_t N, int64_t K, int64_t O, uintptr_t a, uintptr_t
 }
 
 template <class T>
-py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D, bool back) {
+py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D,
+              bool back) {
   if (cell < 0 || cell >= cell_count()) raise(Status::unknown_cell);
   const T some = 0;  // only whether there is a projection counts
   const auto sized = [&](auto problem) {
@@ -209,7 +214,8 @@ py::list supported_isas() {
 
 void pin_isa(const std::string& name) {
   if (select_isa(name.c_str())) return;
-  std::string message = "RNNKERN_ISA: '" + name + "' is unknown or not supported by this CPU; supported:";
+  std::string message =
+      "RNNKERN_ISA: '" + name + "' is unknown or not supported by this CPU; supported:";
   for (int i = 0; supported_isa(i); ++i) message += std::string(i ? ", " : " ") + supported_isa(i);
   throw py::value_error(message);
 }

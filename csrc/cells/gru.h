@@ -2,7 +2,7 @@
 //
 // Reset after the product (torch, cuDNN; "variant v3" of the 2014 paper's arXiv v1):
 //   r = σ(x_r + r_r)   z = σ(x_z + r_z)   n = tanh(x_n + r ⊙ r_n)          h = (1 - z) n + z h'
-// Reset before the product (Cho et al. 2014, eq. 5-8); two phases, q = r ⊙ h' is the second operand:
+// Reset before the product (Cho et al. 2014, eq. 5-8), in two phases with q = r ⊙ h' between:
 //   r = σ(x_r + r_r)   z = σ(x_z + r_z)   n = tanh(x_n + R_n q + b_n)      h = (1 - z) n + z h'
 #pragma once
 

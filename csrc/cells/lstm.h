@@ -1,4 +1,4 @@
-// LSTM (Hochreiter & Schmidhuber 1997) with the forget gate of Gers et al. 2000; gate order i f g o.
+// LSTM (Hochreiter & Schmidhuber 1997) with the forget gate of Gers et al. 2000; gates i f g o.
 //   i = σ(x_i + r_i)   f = σ(x_f + r_f)   g = tanh(x_g + r_g)   o = σ(x_o + r_o)
 //   c = f c' + i g     h = o tanh(c)
 #pragma once

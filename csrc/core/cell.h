@@ -2,8 +2,9 @@
 //
 // A cell is a struct with the constants below and two static templates over a value type V. V holds
 // the values of one hidden unit (CUDA: one scalar) or of several neighbouring units (CPU: one SIMD
-// pack); it has + - * / and the functions fma, tanh, sigmoid, relu and where_positive (see cpu/vmath.h), found by
-// argument-dependent lookup. A cell sees values only: no pointers, strides, threads, dtypes.
+// pack); it has + - * / and the functions fma, tanh, sigmoid, relu and where_positive (see
+// cpu/vmath.h), found by argument-dependent lookup. A cell sees values only: no pointers, strides,
+// threads, dtypes.
 //
 //   name      its name in Python
 //   gates     G, the number of pre-activations per unit, in torch's gate order
@@ -12,13 +13,13 @@
 //   phases    F, the number of recurrent products in one step
 //   first     F+1 gate indices: phase p owns the gates [first[p], first[p+1])
 //   extra     what else backward hands out per unit and step (see Extra)
-//   projects  whether h may be projected (Sak et al. 2014): h' must reach the step by products alone
+//   projects  whether h may be projected (Sak et al. 2014): h' must enter by products alone
 //
-// One step runs its phases in order. Phase p multiplies its operand by the recurrent rows of its own
-// gates, r = R·operand + b, and then calls forward<p> on every unit. The operand of phase 0 is h', that
-// of a later phase is the q which the phase before it set. Backward runs the phases in reverse: the
-// call backward<p> is given dq, the gradient of the q that forward<p> had set, which the driver gets by
-// multiplying the dr of phase p+1 by the transposed recurrent rows.
+// One step runs its phases in order. Phase p multiplies its operand by the recurrent rows of its
+// own gates, r = R·operand + b, and then calls forward<p> on every unit. The operand of phase 0 is
+// h', that of a later phase is the q which the phase before it set. Backward runs the phases in
+// reverse: the call backward<p> is given dq, the gradient of the q that forward<p> had set, which
+// the driver gets by multiplying the dr of phase p+1 by the transposed recurrent rows.
 //
 // To add a cell: one header here in cells/, one row in cells/registry.h, one reference in Python.
 #pragma once
@@ -40,25 +41,26 @@ struct ForwardUnit {
   V gate[Cell::gates];  // in: x = W·input + b of this phase's gates, and the activated gates of the
                         // phases before; out: this phase's gates, activated
   V r[Cell::gates];     // in: R·operand + b of this phase's gates
-  V prev[Cell::states];                     // in: the states h' (and c')
-  V next[Cell::states];                     // out of the last phase: the states h (and c)
-  V q;                                      // out of the other phases: operand of the next product
+  V prev[Cell::states];  // in: the states h' (and c')
+  V next[Cell::states];  // out of the last phase: the states h (and c)
+  V q;                   // out of the other phases: operand of the next product
   V saved[Cell::saved > 0 ? Cell::saved : 1];  // out of the last phase
 };
 
 // The values of one unit in backward; a gradient takes d in front.
 template <class Cell, class V>
 struct BackwardUnit {
-  V gate[Cell::gates];                      // in: the activated gates
+  V gate[Cell::gates];                         // in: the activated gates
   V saved[Cell::saved > 0 ? Cell::saved : 1];  // in: what forward saved
-  V h_prev;                                 // in: h'
-  V dnext[Cell::states];                    // in: dh (and dc)
-  V dq;                   // in, phases before the last: gradient of q
-  V dx[Cell::gates];      // out: gradient of x, this phase's gates
-  V dr[Cell::gates];      // out: gradient of r, this phase's gates
-  V dprev[Cell::states];  // in and out: gradient of h' (and c') besides the share that comes through
-                          // the products; the last phase sets it, the phases before add to it
-  V extra;                // out: see Extra
+  V h_prev;                                    // in: h'
+  V dnext[Cell::states];                       // in: dh (and dc)
+  V dq;                                        // in, phases before the last: gradient of q
+  V dx[Cell::gates];                           // out: gradient of x, this phase's gates
+  V dr[Cell::gates];                           // out: gradient of r, this phase's gates
+  // In and out: gradient of h' (and c') besides the share that comes through the products; the last
+  // phase sets it, the phases before add to it.
+  V dprev[Cell::states];
+  V extra;  // out: see Extra
 };
 
 }  // namespace rnnkern

@@ -1,12 +1,14 @@
 // The problem structs: everything a driver needs to run one recurrent layer over a whole sequence.
 //
-// Sizes: T steps, B batch rows, H hidden units, P state width (H, or the projected size), D directions,
-// G gates, S states, K saved values per unit, N data rows (T·B padded, or the packed total).
+// Sizes: T steps, B batch rows, H hidden units, P state width (H, or the projected size), D
+// directions, G gates, S states, K saved values per unit, N data rows (T·B padded, or the packed
+// total).
 //
-// Rows. Every per-step buffer is two-dimensional, [rows, width]. A step t runs the `active[t]` first
-// rows of the batch in sorted order (longest first), so lengths and packed sequences need no masks:
+// Rows. Every per-step buffer is two-dimensional, [rows, width]. A step t runs the `active[t]`
+// first rows of the batch in sorted order (longest first), so lengths and packed sequences need no
+// masks:
 //   sorted position j  ->  batch row b = order[j]
-//   padded data        ->  data row t * stride_t + b * stride_b     (batch_first is a pair of strides)
+//   padded data        ->  data row t * stride_t + b * stride_b   (batch_first: strides 1, T)
 //   packed data        ->  data row offset[t] + j
 #pragma once
 
@@ -28,8 +30,8 @@ struct Sequence {
   const int64_t* active;  // [T], never increasing; null: all B rows run at every step
   const int64_t* order;   // [B], batch row at a sorted position; null: the identity
   const int64_t* offset;  // [T], first row of step t in packed data; null: padded data
-  const uint8_t* resets;  // bool, element (t, b) at t * resets_rows.stride_t + b * ....stride_b; or null
-  Rows resets_rows;
+  const uint8_t* resets;  // bool, step t starts a new segment of row b; or null
+  Rows resets_rows;       // element (t, b) of resets is at t * stride_t + b * stride_b
 
   int64_t rows_at(int64_t t) const { return active ? active[t] : B; }
   int64_t batch_row(int64_t j) const { return order ? order[j] : j; }
@@ -43,18 +45,18 @@ struct Sequence {
 
 template <class T>
 struct ForwardDirection {
-  bool reverse;                     // runs t = T-1 .. 0
-  const T* R;                       // [G,H,P] recurrent weights
-  const T* b;                       // [G,H] recurrent bias, or null
-  const T* W_hr;                    // [P,H] projection, or null
-  T* x;                             // this direction's part of [N,D,G,H], in: W·input + b; out, in
-                                    // training: activated gates
-  const T* initial[kMaxStates];     // h0 [B,P], c0 [B,H]
-  const T* reset[kMaxStates];       // state before a reset step: [B,P], [B,H], or null: zero
-  T* final[kMaxStates];             // hn [B,P], cn [B,H]
-  T* y;                             // this direction's part of [N,D,P]
-  T* h_prev;                        // [N,P] out, in training: h' of every step; else null
-  T* saved;                         // [N,K,H] out, in training; else null
+  bool reverse;                  // runs t = T-1 .. 0
+  const T* R;                    // [G,H,P] recurrent weights
+  const T* b;                    // [G,H] recurrent bias, or null
+  const T* W_hr;                 // [P,H] projection, or null
+  T* x;                          // this direction's part of [N,D,G,H], in: W·input + b; out, in
+                                 // training: activated gates
+  const T* initial[kMaxStates];  // h0 [B,P], c0 [B,H]
+  const T* reset[kMaxStates];    // state before a reset step: [B,P], [B,H], or null: zero
+  T* final[kMaxStates];          // hn [B,P], cn [B,H]
+  T* y;                          // this direction's part of [N,D,P]
+  T* h_prev;                     // [N,P] out, in training: h' of every step; else null
+  T* saved;                      // [N,K,H] out, in training; else null
 };
 
 template <class T>
@@ -69,18 +71,18 @@ struct ForwardProblem {
 template <class T>
 struct BackwardDirection {
   bool reverse;
-  const T* R;                    // [G,H,P]
-  const T* W_hr;                 // [P,H], or null
-  const T* gates;                // this direction's part of [N,D,G,H], activated
-  const T* h_prev;               // [N,P]
-  const T* saved;                // [N,K,H]
-  const T* dy;                   // this direction's part of [N,D,P]; null: zero
-  const T* dfinal[kMaxStates];   // dhn [B,P], dcn [B,H]; null: zero
-  T* dx;                         // [N,G,H] out
-  T* extra;                      // [N,H] out (see Extra), or null
-  T* dh;                         // [N,P] out with a projection: the whole gradient of h; else null
-  T* dinitial[kMaxStates];       // dh0 [B,P], dc0 [B,H] out
-  T* dreset[kMaxStates];         // [B,P], [B,H], added to; or null: dropped
+  const T* R;                   // [G,H,P]
+  const T* W_hr;                // [P,H], or null
+  const T* gates;               // this direction's part of [N,D,G,H], activated
+  const T* h_prev;              // [N,P]
+  const T* saved;               // [N,K,H]
+  const T* dy;                  // this direction's part of [N,D,P]; null: zero
+  const T* dfinal[kMaxStates];  // dhn [B,P], dcn [B,H]; null: zero
+  T* dx;                        // [N,G,H] out
+  T* extra;                     // [N,H] out (see Extra), or null
+  T* dh;                        // [N,P] out with a projection: the whole gradient of h; else null
+  T* dinitial[kMaxStates];      // dh0 [B,P], dc0 [B,H] out
+  T* dreset[kMaxStates];        // [B,P], [B,H], added to; or null: dropped
 };
 
 template <class T>

@@ -1,14 +1,14 @@
-// Status codes of the native core. The core never throws, prints or exits; `bind` turns a status into
-// a Python exception.
+// Status codes of the native core. The core never throws, prints or exits; `bind` turns a status
+// into a Python exception.
 #pragma once
 
 namespace rnnkern {
 
 enum class Status {
   ok,
-  out_of_memory,    // the scratch buffers could not be allocated
-  unknown_cell,     // no cell of that name in cells/registry.h
-  bad_problem,      // sizes or pointers that no caller in Python can produce
+  out_of_memory,  // the scratch buffers could not be allocated
+  unknown_cell,   // no cell of that name in cells/registry.h
+  bad_problem,    // sizes or pointers that no caller in Python can produce
 };
 
 }  // namespace rnnkern

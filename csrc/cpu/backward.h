@@ -1,10 +1,11 @@
 // The backward time loop of one layer (backpropagation through time; Werbos 1990).
 //
-// It visits the steps in the opposite order of forward. One step: the product of the dr that the step
-// before left, dh' = Rᵀ dr, completes the gradient of the state between the two steps; that gradient
-// enters this step, or leaves the recurrence where the state was a row's initial or reset state; dy is
-// added; and the phases run in reverse. dr is kept in two slots, because a group reads the one while it
-// writes the other. One visit more than there are steps hands out the gradients of the initial states.
+// It visits the steps in the opposite order of forward. One step: the product of the dr that the
+// step before left, dh' = Rᵀ dr, completes the gradient of the state between the two steps; that
+// gradient enters this step, or leaves the recurrence where the state was a row's initial or reset
+// state; dy is added; and the phases run in reverse. dr is kept in two slots, because a group reads
+// the one while it writes the other. One visit more than there are steps hands out the gradients of
+// the initial states.
 #pragma once
 
 #include "cpu/loop.h"
@@ -74,11 +75,11 @@ class BackwardLoop {
  private:
   struct Direction {
     Weights<T, 1> first, second, projection;  // transposed
-    Matrix<T> dr[2];      // [B, gates of phase 0, H]
-    Matrix<T> dr_second;  // [B, gates of phase 1, H]
+    Matrix<T> dr[2];                          // [B, gates of phase 0, H]
+    Matrix<T> dr_second;                      // [B, gates of phase 1, H]
     Matrix<T> dh_direct;  // [B,H] gradient of h' that does not come through a product
-    Matrix<T> dh;         // [B,H] gradient of h for the later phases, or [B,P] before the projection
-    Matrix<T> dc;         // [B,H]
+    Matrix<T> dh;  // [B,H] gradient of h for the later phases, or [B,P] before the projection
+    Matrix<T> dc;  // [B,H]
   };
 
   struct Step {
@@ -231,7 +232,8 @@ class BackwardLoop {
               });
   }
 
-  RNNKERN_INLINE BackwardUnit<Cell, P> load_unit(int d, const Step& step, int64_t j, int64_t u, int n) {
+  RNNKERN_INLINE BackwardUnit<Cell, P> load_unit(int d, const Step& step, int64_t j, int64_t u,
+                                                 int n) {
     const BackwardDirection<T>& io = p_.dir[d];
     const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
     BackwardUnit<Cell, P> unit;

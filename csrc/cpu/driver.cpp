@@ -16,14 +16,9 @@ namespace {
 
 template <class Cell>
 constexpr CellInfo info() {
-  return {Cell::name,
-          Cell::gates,
-          Cell::states,
-          Cell::saved,
-          Cell::phases,
-          Cell::first[Cell::phases - 1],
-          Cell::extra,
-          Cell::projects};
+  return {Cell::name,  Cell::gates,   Cell::states,
+          Cell::saved, Cell::phases,  Cell::first[Cell::phases - 1],
+          Cell::extra, Cell::projects};
 }
 
 constexpr CellInfo cells[] = {
@@ -40,8 +35,7 @@ struct Isa {
 const Isa isas[] = {
     {&baseline_kernels, [] { return true; }},
 #if defined(__x86_64__)
-    {&avx2_kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {&avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
     {&avx512_kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -78,7 +72,8 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Scratch for one call, of at least one element, aligned to a cache line; null if there is no memory.
+// Scratch for one call, of at least one element, aligned to a cache line; null if there is no
+// memory.
 template <class T>
 std::unique_ptr<T, Free> allocate(int64_t elements) {
   const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
@@ -107,7 +102,8 @@ Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int thr
   const Plan plan = make_plan(kernel.work(problem), usable_threads(threads));
   const auto scratch = allocate<T>(kernel.scratch_elements(problem));
   const int groups = plan.direction_groups * plan.row_groups;
-  const std::unique_ptr<Barrier[]> barriers(new (std::nothrow) Barrier[static_cast<size_t>(groups) + 1]);
+  const std::unique_ptr<Barrier[]> barriers(new (std::nothrow)
+                                                Barrier[static_cast<size_t>(groups) + 1]);
   if (!scratch || !barriers) return Status::out_of_memory;
   barriers[0].set_members(plan.threads());
   for (int g = 1; g <= groups; ++g) barriers[g].set_members(plan.unit_groups);
@@ -119,8 +115,8 @@ Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int thr
 template <class Problem>
 Status check(int cell, const Problem& p) {
   if (cell < 0 || cell >= cell_count()) return Status::unknown_cell;
-  const bool sizes = p.seq.T >= 1 && p.seq.B >= 1 && p.H >= 1 && p.P >= 1 && p.D >= 1 &&
-                     p.D <= kMaxDirections;
+  const bool sizes =
+      p.seq.T >= 1 && p.seq.B >= 1 && p.H >= 1 && p.P >= 1 && p.D >= 1 && p.D <= kMaxDirections;
   const bool projection = p.dir[0].W_hr ? cells[cell].projects : p.P == p.H;
   return sizes && projection ? Status::ok : Status::bad_problem;
 }

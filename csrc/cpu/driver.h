@@ -1,4 +1,4 @@
-// The CPU backend as the bindings see it: which ISAs and cells there are, and one call a layer and pass.
+// The CPU backend as the bindings see it: ISAs, cells, and one call for each layer and pass.
 #pragma once
 
 #include "core/cell.h"

@@ -1,11 +1,11 @@
 // The forward time loop of one layer.
 //
-// The states of all rows live in small private matrices: h' and the next h in two slots (all threads of a
-// group read the one while they write the other), c in place. A step runs its phases; with a projection
-// one more product follows (Sak et al. 2014: h = W_hr · m, where m is what the cell calls h). Whatever
-// happens between two steps is decided when the state is written: a row that ends goes to the final
-// state, one that is reset gets its reset state, and a row whose first step comes later finds the initial
-// state that was put there at the start.
+// The states of all rows live in small private matrices: h' and the next h in two slots (all
+// threads of a group read the one while they write the other), c in place. A step runs its phases;
+// with a projection one more product follows (Sak et al. 2014: h = W_hr · m, where m is what the
+// cell calls h). Whatever happens between two steps is decided when the state is written: a row
+// that ends goes to the final state, one that is reset gets its reset state, and a row whose first
+// step comes later finds the initial state that was put there at the start.
 #pragma once
 
 #include "cpu/loop.h"
@@ -22,12 +22,14 @@ class ForwardLoop {
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_elements).
-  ForwardLoop(const ForwardProblem<T>& problem, T* base) : p_(problem), projects_(problem.dir[0].W_hr) {
+  ForwardLoop(const ForwardProblem<T>& problem, T* base)
+      : p_(problem), projects_(problem.dir[0].W_hr) {
     Carver<T> carver{base};
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
       s.first = {p_.P, p_.H, carver.take(decltype(s.first)::size(p_.P, p_.H))};
-      if constexpr (F == 2) s.second = {p_.H, p_.H, carver.take(decltype(s.second)::size(p_.H, p_.H))};
+      if constexpr (F == 2)
+        s.second = {p_.H, p_.H, carver.take(decltype(s.second)::size(p_.H, p_.H))};
       if (projects_) s.projection = {p_.H, p_.P, carver.take(Weights<T, 1>::size(p_.H, p_.P))};
       s.h[0] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
       s.h[1] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
@@ -120,7 +122,8 @@ class ForwardLoop {
       std::memcpy(s.h[1].row(j), to, static_cast<size_t>(bytes));
       if (io.h_prev) {
         const int64_t t = io.reverse ? last_step(j) : 0;
-        std::memcpy(io.h_prev + p_.seq.data_row(p_.x_rows, t, j) * p_.P, to, static_cast<size_t>(bytes));
+        std::memcpy(io.h_prev + p_.seq.data_row(p_.x_rows, t, j) * p_.P, to,
+                    static_cast<size_t>(bytes));
       }
     }
   }
@@ -211,7 +214,8 @@ class ForwardLoop {
   }
 
   // Writes state k (0: h, 1: c) of row j after this step to wherever it is needed next.
-  RNNKERN_INLINE void put_state(int d, int k, const Step& step, int64_t j, int64_t u, int n, P value) {
+  RNNKERN_INLINE void put_state(int d, int k, const Step& step, int64_t j, int64_t u, int n,
+                                P value) {
     const Direction& s = dir_[d];
     const ForwardDirection<T>& io = p_.dir[d];
     const int64_t width = state_width(k);

@@ -1,7 +1,7 @@
-// The dense product out = a·wᵀ + b, with the tiles of the recurrence, for the products around it that torch's
-// GEMMs serve badly: small ones, where the call costs more than the work, and float64, where MKL's last
-// bits change with the number of threads. Threads split the output units, or the rows if there are more
-// threads than panels; either way every element is one chain of fma over k.
+// The dense product out = a·wᵀ + b, with the tiles of the recurrence, for the products around it
+// that torch's GEMMs serve badly: small ones, where the call costs more than the work, and float64,
+// where MKL's last bits change with the number of threads. Threads split the output units, or the
+// rows if there are more threads than panels; either way every element is one chain of fma over k.
 #pragma once
 
 #include "core/problem.h"
@@ -33,8 +33,8 @@ struct Linear {
       const int64_t unit = panel * W::units;
       const W w{p.K, minimum(W::units, p.O - unit), scratch + rank * W::size(p.K, 1)};
       w.pack_rows(p.w + unit * p.K, p.K, p.b ? p.b + unit : nullptr, 0, 1);
-      run_product(w, p.a + rows.begin * p.K, p.K, rows.end - rows.begin, rows.end - rows.begin, {0, 1},
-                  [&](int64_t m, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+      run_product(w, p.a + rows.begin * p.K, p.K, rows.end - rows.begin, rows.end - rows.begin,
+                  {0, 1}, [&](int64_t m, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
                     store(p.out + (rows.begin + m) * p.O + unit + u, Pack<T>::load(r), n);
                   });
     }

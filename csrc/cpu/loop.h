@@ -1,4 +1,5 @@
-// What the forward and the backward time loop share: scratch memory, and a thread's place in the plan.
+// What the forward and the backward time loop share: scratch memory, and a thread's place in the
+// plan.
 #pragma once
 
 #include "core/cell.h"
@@ -10,8 +11,8 @@
 namespace rnnkern {
 namespace {
 
-// Cuts one allocation into arrays. Without memory it only counts, so that the same code first measures
-// and then places.
+// Cuts one allocation into arrays. Without memory it only counts, so that the same code first
+// measures and then places.
 template <class T>
 struct Carver {
   T* base;
@@ -42,14 +43,13 @@ struct Matrix {
   T* row(int64_t j) const { return data + j * ld; }
 };
 
-// A thread's place: its group of directions, every row_groups-th row, its part of every product's panels.
-// Rows are dealt out in turn because the sorted order puts the long ones first.
+// A thread's place: its group of directions, every row_groups-th row, its part of every product's
+// panels. Rows are dealt out in turn because the sorted order puts the long ones first.
 struct Place {
   int direction_group, row_group, row_groups, unit_group, unit_groups;
   int index, count;  // among all threads of the direction group
 
-  Place(const Plan& plan, int rank)
-      : row_groups(plan.row_groups), unit_groups(plan.unit_groups) {
+  Place(const Plan& plan, int rank) : row_groups(plan.row_groups), unit_groups(plan.unit_groups) {
     count = row_groups * unit_groups;
     direction_group = rank / count;
     index = rank % count;
@@ -71,8 +71,9 @@ template <class T, int NG, class Emit>
 RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand, const Place& place,
                               int64_t product_rows, int64_t rows, Emit&& emit) {
   const Range mine = part(w.panels(w.N), place.unit_group, place.unit_groups);
-  run_product(w, operand.row(place.row_group), operand.ld * place.row_groups, place.rows(product_rows),
-              place.rows(rows), mine, [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
+  run_product(w, operand.row(place.row_group), operand.ld * place.row_groups,
+              place.rows(product_rows), place.rows(rows), mine,
+              [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
                 emit(place.sorted_row(m), u, lanes, r);
               });
 }

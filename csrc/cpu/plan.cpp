@@ -1,8 +1,8 @@
 // t_step = max(flops / peak, bytes(weight slice) / bandwidth(level it fits)) + pointwise
 //        + [unit split] · stages · barrier
 //
-// and a call costs T steps, the packing of the weights, and the waking of the team. The constants are of
-// a current server core; they only have to rank the plans of one call against each other.
+// and a call costs T steps, the packing of the weights, and the waking of the team. The constants
+// are of a current server core; they only have to rank the plans of one call against each other.
 #include "cpu/plan.h"
 
 #include <algorithm>
@@ -11,11 +11,11 @@ namespace rnnkern {
 namespace {
 
 constexpr double kGigahertz = 3.5;
-constexpr double kBarrier = 0.25;             // µs, two to eight cores of one socket
-constexpr double kTeamStart = 3.0;            // µs, to wake the pool
-constexpr double kPackPerElement = 0.5e-3;    // µs
-constexpr double kPointwisePerOutput = 4e-3;  // µs for one vector of outputs: loads, gate math, stores
-constexpr double kL1 = 32e3, kL2 = 1e6, kL3 = 24e6;                 // bytes of weights each level holds
+constexpr double kBarrier = 0.25;           // µs, two to eight cores of one socket
+constexpr double kTeamStart = 3.0;          // µs, to wake the pool
+constexpr double kPackPerElement = 0.5e-3;  // µs
+constexpr double kPointwise = 4e-3;         // µs for a vector of outputs: loads, gate math, stores
+constexpr double kL1 = 32e3, kL2 = 1e6, kL3 = 24e6;  // bytes of weights each level holds
 constexpr double kL1Rate = 300e3, kL2Rate = 100e3, kL3Rate = 50e3;  // bytes per µs and core
 constexpr double kMemoryRate = 10e3;
 
@@ -35,12 +35,14 @@ double call_microseconds(const Work& work, Plan& plan) {
   const double flops_per_us = 4e3 * lanes * kGigahertz;  // two fma a cycle
   const double tiles = (rows + 5) / 6;                   // each streams the slice once
   const double bytes = elements * work.element_bytes;
-  const double product = std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes));
-  const double pointwise = static_cast<double>(work.outputs) * panels * rows / lanes * kPointwisePerOutput;
+  const double product =
+      std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes));
+  const double pointwise = static_cast<double>(work.outputs) * panels * rows / lanes * kPointwise;
   const double barrier = plan.unit_groups > 1 ? work.stages * kBarrier : 0;
   plan.step_microseconds = directions * (product + pointwise + barrier);
   const double pack = static_cast<double>(work.D * work.weights) * kPackPerElement / plan.threads();
-  return static_cast<double>(work.T) * plan.step_microseconds + pack + (plan.threads() > 1 ? kTeamStart : 0);
+  return static_cast<double>(work.T) * plan.step_microseconds + pack +
+         (plan.threads() > 1 ? kTeamStart : 0);
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 //
 //   threads = direction_groups × row_groups × unit_groups
 //
-// Directions and batch rows never talk to each other, so a split over them costs nothing but the reading
-// of the same weights by more cores. The threads of one unit split exchange the state at every step and
-// meet at one barrier a stage.
+// Directions and batch rows never talk to each other, so a split over them costs nothing but the
+// reading of the same weights by more cores. The threads of one unit split exchange the state at
+// every step and meet at one barrier a stage.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ namespace rnnkern {
 // What the cost model needs to know of one call.
 struct Work {
   int64_t T, B, D;
-  int64_t weights;      // recurrent weight elements of one direction
-  int64_t outputs;      // sum of the outputs of one step's products, per row and direction
-  int64_t panels;       // the fewest panels that any of its products has
-  int stages;           // products, and so barriers, in one step
+  int64_t weights;  // recurrent weight elements of one direction
+  int64_t outputs;  // sum of the outputs of one step's products, per row and direction
+  int64_t panels;   // the fewest panels that any of its products has
+  int stages;       // products, and so barriers, in one step
   int element_bytes;
-  int vector_bytes;     // of the ISA
+  int vector_bytes;  // of the ISA
 };
 
 struct Plan {

@@ -1,7 +1,9 @@
-// Pack<T>: one SIMD register of T, from GCC/Clang vector extensions, for the ISA this file is compiled for.
+// Pack<T>: one SIMD register of T, from GCC/Clang vector extensions, for the ISA this file is
+// compiled for.
 //
-// Everything here has internal linkage: each per-ISA file gets its own copy, so no code of one ISA can
-// be picked by the linker for another. Only fma and the partial load and store are written per ISA.
+// Everything here has internal linkage: each per-ISA file gets its own copy, so no code of one ISA
+// can be picked by the linker for another. Only fma and the partial load and store are written per
+// ISA.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +30,8 @@ constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 
-// GCC ignores vector_size on a type that depends on a template parameter, hence one set of names a type.
+// GCC ignores vector_size on a type that depends on a template parameter, hence one set of names a
+// type.
 template <class T>
 struct Vector;
 template <>
@@ -68,8 +71,8 @@ struct Pack {
   RNNKERN_INLINE friend Pack operator/(Pack a, Pack b) { return a.v / b.v; }
 };
 
-// a·b + c, with one rounding where the ISA has it. The build turns implicit contraction off, so a result
-// depends on the ISA alone and never on the tile or the thread that computed it.
+// a·b + c, with one rounding where the ISA has it. The build turns implicit contraction off, so a
+// result depends on the ISA alone and never on the tile or the thread that computed it.
 #if defined(__AVX512F__)
 RNNKERN_INLINE Pack<float> fma(Pack<float> a, Pack<float> b, Pack<float> c) {
   return Pack<float>(_mm512_fmadd_ps(a.v, b.v, c.v));
@@ -136,7 +139,8 @@ RNNKERN_INLINE void store(T* p, Pack<T> a, int n) {
   }
 }
 
-// The standard library's templates are not used in per-ISA files: their symbols are shared between ISAs.
+// The standard library's templates are not used in per-ISA files: their symbols are shared between
+// ISAs.
 RNNKERN_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 RNNKERN_INLINE int64_t maximum(int64_t a, int64_t b) { return a < b ? b : a; }
 RNNKERN_INLINE int64_t clamp(int64_t a, int64_t low, int64_t high) {

@@ -22,7 +22,8 @@
 namespace rnnkern {
 namespace {
 
-// About 20 µs on a 4 GHz core: longer than a step of most layers, shorter than a scheduler's time slice.
+// About 20 µs on a 4 GHz core: longer than a step of most layers, shorter than a scheduler's time
+// slice.
 constexpr int kSpins = 2000;
 
 inline void relax() {

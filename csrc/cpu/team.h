@@ -1,9 +1,10 @@
-// The persistent thread team: all threads enter once, stay for the whole sequence, and meet at barriers.
+// The persistent thread team: all threads enter once, stay for the whole sequence, and meet at
+// barriers.
 //
-// The pool is OpenMP's (torch's own libgomp, when torch was imported first). The barrier spins a bounded
-// time and then yields, so more threads than cores slow a run down but never stall it. In a forked child
-// the parent's pool does not exist, and an OpenMP region would wait for it forever: there the team is
-// always one thread, which changes no result.
+// The pool is OpenMP's (torch's own libgomp, when torch was imported first). The barrier spins a
+// bounded time and then yields, so more threads than cores slow a run down but never stall it. In a
+// forked child the parent's pool does not exist, and an OpenMP region would wait for it forever:
+// there the team is always one thread, which changes no result.
 #pragma once
 
 #include <atomic>
@@ -23,12 +24,13 @@ class Barrier {
   int members_;
 };
 
-// The most threads a call should use now: `requested`, at most the CPUs this process may run on (unless
-// the environment variable RNNKERN_OVERSUBSCRIBE is set, as the tests do), and one in a forked child.
+// The most threads a call should use now: `requested`, at most the CPUs this process may run on
+// (unless the environment variable RNNKERN_OVERSUBSCRIBE is set, as the tests do), and one in a
+// forked child.
 int usable_threads(int requested);
 
-// Calls body(rank, size, context) on `threads` threads at once. The runtime may grant fewer than asked
-// for; then rank 0 alone is called, with size 1.
+// Calls body(rank, size, context) on `threads` threads at once. The runtime may grant fewer than
+// asked for; then rank 0 alone is called, with size 1.
 using TeamBody = void (*)(int rank, int size, void* context);
 void run_team(int threads, TeamBody body, void* context);
 

@@ -1,9 +1,10 @@
-// exp, tanh, sigmoid and relu on packs: at most 4 ULP from the exact value in float and in double, with
-// true division. They saturate exactly, and NaN and infinities go through as in torch.
+// exp, tanh, sigmoid and relu on packs: at most 4 ULP from the exact value in float and in double,
+// with true division. They saturate exactly, and NaN and infinities go through as in torch.
 //
-// exp is x = n ln2 + r with |r| <= ln2/2, a Taylor polynomial in r (degree 7 in float, 13 in double: the
-// first term left out is below half an ULP), and a scaling by 2^n in two halves, so that results reach
-// infinity, zero and the denormals without a special case. The two-part ln2 is Cody & Waite's (1980).
+// exp is x = n ln2 + r with |r| <= ln2/2, a Taylor polynomial in r (degree 7 in float, 13 in
+// double: the first term left out is below half an ULP), and a scaling by 2^n in two halves, so
+// that results reach infinity, zero and the denormals without a special case. The two-part ln2 is
+// Cody & Waite's (1980).
 #pragma once
 
 #include "cpu/simd.h"
@@ -32,10 +33,20 @@ struct ExpConstants<double> {
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
   static constexpr double round = 6755399441055744.0;  // 1.5 · 2^52
   static constexpr int mantissa = 52, bias = 1023;
-  static constexpr double taylor[] = {
-      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-      1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-      1.0 / 6,          0.5,             1.0,            1.0};
+  static constexpr double taylor[] = {1.0 / 6227020800,
+                                      1.0 / 479001600,
+                                      1.0 / 39916800,
+                                      1.0 / 3628800,
+                                      1.0 / 362880,
+                                      1.0 / 40320,
+                                      1.0 / 5040,
+                                      1.0 / 720,
+                                      1.0 / 120,
+                                      1.0 / 24,
+                                      1.0 / 6,
+                                      0.5,
+                                      1.0,
+                                      1.0};
 };
 
 template <class T>
@@ -67,9 +78,9 @@ RNNKERN_INLINE Pack<T> sigmoid(Pack<T> x) {
   return Pack<T>(T(1)) / (Pack<T>(T(1)) + exp(Pack<T>(-x.v)));
 }
 
-// tanh near zero as x + x³ P(x²)/Q(x²), where 1 - 2/(e^2x + 1) would cancel. The coefficients are those
-// of the Cephes library (Moshier 1989): float a polynomial, double a rational function, both good for
-// |x| < 0.625.
+// tanh near zero as x + x³ P(x²)/Q(x²), where 1 - 2/(e^2x + 1) would cancel. The coefficients are
+// those of the Cephes library (Moshier 1989): float a polynomial, double a rational function, both
+// good for |x| < 0.625.
 RNNKERN_INLINE Pack<float> tanh_small(Pack<float> x) {
   using P = Pack<float>;
   const P z = x * x;

@@ -1,8 +1,10 @@
-// The recurrent product of one phase: packed weights, and the register tile that multiplies by them.
+// The recurrent product of one phase: packed weights, and the register tile that multiplies by
+// them.
 //
-// Packing. Units are cut into blocks of L lanes, and NU neighbouring blocks with all their NG gates form
-// a panel of NV = NU·NG registers; NU is chosen so that a tile has 3 or 4 registers a row whatever the
-// cell. One panel is contiguous, bias row first, then one row per element k of the operand:
+// Packing. Units are cut into blocks of L lanes, and NU neighbouring blocks with all their NG gates
+// form a panel of NV = NU·NG registers; NU is chosen so that a tile has 3 or 4 registers a row
+// whatever the cell. One panel is contiguous, bias row first, then one row per element k of the
+// operand:
 //
 //            block 0                          block 1 ..
 //            gate 0     gate 1  ..            gate 0  ..
@@ -10,12 +12,12 @@
 //   k = 0 [ L lanes | L lanes | .. ]
 //   k = 1 [ ..
 //
-// so the tile loads NV registers a step of k, in order, and every gate of a unit ends in the same lane.
-// Units beyond the last are zero.
+// so the tile loads NV registers a step of k, in order, and every gate of a unit ends in the same
+// lane. Units beyond the last are zero.
 //
-// Tile. MR operand rows × NV registers of accumulators; MR is what the register file holds. Every output
-// is one chain of fma over k in ascending order, starting from the bias: its value does not depend on the
-// tile it was computed in, so results are the same for every split over threads.
+// Tile. MR operand rows × NV registers of accumulators; MR is what the register file holds. Every
+// output is one chain of fma over k in ascending order, starting from the bias: its value does not
+// depend on the tile it was computed in, so results are the same for every split over threads.
 #pragma once
 
 #include "cpu/simd.h"
@@ -66,7 +68,8 @@ struct Weights {
   static int64_t size(int64_t K, int64_t N) { return panels(N) * (1 + K) * NV * L; }
   T* panel(int64_t index) const { return data + index * (1 + K) * NV * L; }
 
-  // Panels [begin, end) from the rows of R: unit n of gate g is row g·N + n, operand element k its column.
+  // Panels [begin, end) from the rows of R: unit n of gate g is row g·N + n, operand element k its
+  // column.
   void pack_rows(const T* R, int64_t ldr, const T* bias, int64_t begin, int64_t end) const {
     constexpr int64_t chunk = 32;  // columns at a time, so that the scattered stores stay in L1
     for (int64_t p = begin; p < end; ++p) {
@@ -85,14 +88,16 @@ struct Weights {
           T* out = panel(p) + (NV + v) * L;
           const int64_t lanes = clamp(N - n0, 0, L);
           for (int64_t l = 0; l < L; ++l) {
-            for (int64_t k = k0; k < k1; ++k) out[k * NV * L + l] = l < lanes ? in[l * ldr + k] : T(0);
+            for (int64_t k = k0; k < k1; ++k)
+              out[k * NV * L + l] = l < lanes ? in[l * ldr + k] : T(0);
           }
         }
       }
     }
   }
 
-  // Panels [begin, end) of the transposed product: unit n is column n of R, operand element k its row.
+  // Panels [begin, end) of the transposed product: unit n is column n of R, operand element k its
+  // row.
   void pack_columns(const T* R, int64_t ldr, int64_t begin, int64_t end) const {
     static_assert(NG == 1, "a transposed product has one output a unit");
     for (int64_t p = begin; p < end; ++p) {
@@ -132,12 +137,12 @@ struct Weights {
   }
 };
 
-// Runs one product for the panels in `mine` and the rows [0, rows) of `a`, and hands every finished block
-// of units to emit(row, unit, lanes, r): r[NG][L] holds the products of the `lanes` units from `unit` on.
-// Rows from product_rows on have no operand and are handed over as zero.
+// Runs one product for the panels in `mine` and the rows [0, rows) of `a`, and hands every finished
+// block of units to emit(row, unit, lanes, r): r[NG][L] holds the products of the `lanes` units
+// from `unit` on. Rows from product_rows on have no operand and are handed over as zero.
 template <class T, int NG, class Emit>
-RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda, int64_t product_rows,
-                                int64_t rows, Range mine, Emit&& emit) {
+RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda,
+                                int64_t product_rows, int64_t rows, Range mine, Emit&& emit) {
   using W = Weights<T, NG>;
   alignas(64) T out[W::MR * W::NV * W::L];
   const int64_t tiles = (rows + W::MR - 1) / W::MR;

@@ -93,8 +93,15 @@ def recurrent(
     rank = input.data.dim() if isinstance(input, PackedSequence) else input.dim()
     if rank not in ((2,) if isinstance(input, PackedSequence) else (2, 3)):
         raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")
-    if states is not None and len(states) != info.states:
-        raise ValueError(f"states: {cell} has {info.states} state(s), got {len(states)}")
+    if states is not None:
+        if len(states) != info.states:
+            raise ValueError(f"states: {cell} has {info.states} state(s), got {len(states)}")
+        for state in states:
+            if state.dim() == 0 or state.shape[0] != directions:
+                raise ValueError(
+                    f"states: expected {directions} (layers times directions) in the first"
+                    f" dimension, got {list(state.shape)}"
+                )
     return layers.run(  # type: ignore[return-value]
         structure,
         input,
