@@ -16,8 +16,9 @@
 // lane. Units beyond the last are zero.
 //
 // Tile. MR operand rows × NV registers of accumulators; MR is what the register file holds. Every
-// output is one chain of fma over k in ascending order, starting from the bias: its value does not
-// depend on the tile it was computed in, so results are the same for every split over threads.
+// output is summed in chains of kChain fma, k ascending, the first of them from the bias, and the
+// chains are added in order. So a value does not depend on the tile it was computed in, results are
+// the same for every split over threads, and the rounding error grows with kChain and not with K.
 #pragma once
 
 #include "cpu/simd.h"
@@ -25,32 +26,42 @@
 namespace rnnkern {
 namespace {
 
+constexpr int64_t kChain = 128;
+
 template <class T, int MR, int NV>
 void multiply_tile(const T* a, int64_t lda, const T* w, int64_t K, T* out) {
   constexpr int L = Pack<T>::lanes;
-  Pack<T> acc[MR][NV];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n] = Pack<T>::load(w + n * L);
-  }
+  const T* bias = w;
   w += NV * L;
-  for (int64_t k = 0; k < K; ++k, w += NV * L) {
-    Pack<T> row[NV];
-#pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) row[n] = Pack<T>::load(w + n * L);
+  int64_t k = 0;
+  do {
+    Pack<T> acc[MR][NV];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const Pack<T> b(a[m * lda + k]);
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) acc[m][n] = fma(b, row[n], acc[m][n]);
+      for (int n = 0; n < NV; ++n) acc[m][n] = k == 0 ? Pack<T>::load(bias + n * L) : Pack<T>(T(0));
     }
-  }
+    const int64_t first = k, end = minimum(K, k + kChain);
+    for (; k < end; ++k, w += NV * L) {
+      Pack<T> row[NV];
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
+      for (int n = 0; n < NV; ++n) row[n] = Pack<T>::load(w + n * L);
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; ++n) acc[m][n].store(out + (m * NV + n) * L);
-  }
+      for (int m = 0; m < MR; ++m) {
+        const Pack<T> b(a[m * lda + k]);
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; ++n) acc[m][n] = fma(b, row[n], acc[m][n]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) {
+        T* sum = out + (m * NV + n) * L;
+        (first == 0 ? acc[m][n] : Pack<T>::load(sum) + acc[m][n]).store(sum);
+      }
+    }
+  } while (k < K);
 }
 
 template <class T, int NG>

@@ -76,7 +76,7 @@ def convert(model: ModuleT) -> ModuleT:
     def replacement(name: str, module: nn.Module) -> nn.Module:
         if module in swapped:
             return swapped[module]
-        ours = type(module).__module__ == modules.__name__
+        ours = isinstance(module, modules._Recurrent | modules._Cell)
         if ours or not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return module
         obstacle = _obstacle(module)

@@ -19,6 +19,7 @@ __all__ = ["linear"]
 _SMALL = (
     1 << 15
 )  # elements of w; packing fewer costs the native product less than the call of oneDNN
+_DEEP = 1 << 10  # length of the sums from which the order of the factors matters to oneDNN
 
 
 def _has_onednn() -> bool:
@@ -49,10 +50,9 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """
     (N, K), O = a.shape, w.shape[0]
     if _ONEDNN and a.dtype == torch.float32 and K * O > _SMALL:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            _dense(a), _dense(w), b, "none", [], ""
-        )
-        return product
+        if K > _DEEP and O < N and b is None:  # oneDNN prefers the wide factor in second place
+            return _onednn(_dense(w), _dense(a), None).t().contiguous()
+        return _onednn(_dense(a), _dense(w), b)
     out = a.new_empty(N, O)
     if N > 0:
         a, w = a.contiguous(), w.contiguous()
@@ -60,6 +60,11 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         bias = 0 if b is None else b.data_ptr()
         run(torch.get_num_threads(), N, K, O, a.data_ptr(), w.data_ptr(), bias, out.data_ptr())
     return out
+
+
+def _onednn(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, w, b, "none", [], "")
+    return product
 
 
 def _dense(t: Tensor) -> Tensor:

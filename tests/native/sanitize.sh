@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Builds rnnkern with a sanitizer, outside the tree, and runs the tests on it:
+#
+#   sanitize.sh tsan                             ThreadSanitizer: team_test.cpp
+#   sanitize.sh asan|ubsan|asan+ubsan [PYTEST]   team_test.cpp, then `pytest PYTEST`
+#
+# `python` must have what constraints.txt pins for [test], and g++ must be the compiler. The package
+# that is installed there stays as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+case "${1:-}" in
+  asan) sanitizers=address ;;
+  ubsan) sanitizers=undefined ;;
+  asan+ubsan) sanitizers=address,undefined ;;
+  tsan) sanitizers=thread ;;
+  *)
+    echo "usage: $0 asan|ubsan|asan+ubsan|tsan [pytest arguments]" >&2
+    exit 2
+    ;;
+esac
+shift
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+python -m pip install --quiet --no-deps --target "$work/site" . \
+  --config-settings=build-dir="$work/build" \
+  --config-settings=cmake.define.RNNKERN_SANITIZE="$sanitizers" \
+  --config-settings=cmake.define.RNNKERN_NATIVE_TESTS=ON
+
+export TSAN_OPTIONS=halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
+"$work/build/team_test"
+[[ $sanitizers == thread ]] && exit
+
+# Python itself is not instrumented, so the sanitizer's runtime must be there before it starts, and
+# libstdc++ with it, whose exceptions the runtime intercepts. Leaks are the interpreter's own.
+runtimes=$(ldd "$work"/site/rnnkern/_cpu.*.so |
+  awk '/lib(asan|ubsan|stdc\+\+)\.so/ { printf "%s%s", separator, $3; separator = ":" }')
+export ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH="$work/site"
+LD_PRELOAD=$runtimes python -m pytest "$@"

@@ -1,0 +1,336 @@
+// The thread team, without Python: every cell, pass, split and sequence form runs on teams of two
+// sizes, and every bit of its results must be that of one thread. Built with a sanitizer it also
+// finds races and stray accesses: each buffer is an allocation of its own, of exactly the size in
+// core/problem.h. See sanitize.sh.
+//
+// ThreadSanitizer does not see AVX-512's masked loads and stores; the other ISAs run the same loops
+// with plain ones.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/driver.h"
+
+namespace {
+
+using namespace rnnkern;
+
+struct Shape {
+  int64_t T, B, H, D;
+};
+// With 8 threads the cost model makes of these: splits by unit (B = 1), by row, by direction, and
+// combinations. 1, 7 and 33 leave tails in every register and panel.
+constexpr Shape kShapes[] = {
+    {1, 1, 1, 1},  {5, 1, 160, 1}, {4, 1, 96, 2},  {6, 3, 33, 1},
+    {5, 3, 64, 2}, {4, 17, 7, 2},  {3, 8, 160, 1},
+};
+constexpr int kTeams[] = {3, 8};
+
+// What a call may come with besides sizes; each form sets a few.
+struct Form {
+  const char* name;
+  bool training, lengths, packed, resets, reset_state, batch_first, bare;
+};
+constexpr Form kForms[] = {
+    {"inference, no bias", false, false, false, false, false, false, true},
+    {"training", true, false, false, false, false, false, false},
+    {"lengths, resets", true, true, false, true, false, false, false},
+    {"lengths, resets to a state, batch_first", true, true, false, true, true, true, false},
+    {"packed, resets to a state", true, false, true, true, true, false, false},
+    {"inference, packed, resets", false, false, true, true, false, false, false},
+};
+
+template <class T>
+using Buffer = std::vector<T>;
+
+template <class T>
+T* pointer(Buffer<T>& buffer) {
+  return buffer.empty() ? nullptr : buffer.data();
+}
+
+template <class T>
+Buffer<T> random_buffer(std::mt19937& generator, int64_t size, T scale) {
+  std::uniform_real_distribution<T> uniform(-scale, scale);
+  Buffer<T> buffer(static_cast<size_t>(size));
+  for (T& value : buffer) value = uniform(generator);
+  return buffer;
+}
+
+template <class T>
+bool equal(const Buffer<T>& a, const Buffer<T>& b) {
+  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// The tensors of one direction; their shapes stand in core/problem.h. Empty: absent.
+template <class T>
+struct Tensors {
+  Buffer<T> R, b, W_hr, initial[kMaxStates], reset[kMaxStates], dfinal[kMaxStates];
+  Buffer<T> final[kMaxStates], h_prev, saved;                         // out of forward
+  Buffer<T> dx, extra, dh, dinitial[kMaxStates], dreset[kMaxStates];  // out of backward
+};
+
+// One layer with random weights and data. It is copied for every run, so all runs start alike.
+template <class T>
+class Layer {
+ public:
+  Layer(int cell, const Shape& shape, int64_t P, const Form& form)
+      : cell_(cell), info_(cell_info(cell)), shape_(shape), P_(P), form_(form) {
+    make_structure();
+    const int64_t B = shape.B, H = shape.H, G = info_.gates;
+    const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(P)));
+    x_ = random(N_ * shape.D * G * H, 1);
+    y_ = Buffer<T>(N_ * shape.D * P);
+    if (!form.bare) dy_ = random(N_ * shape.D * P, 1);
+    for (int64_t d = 0; d < shape.D; ++d) {
+      Tensors<T>& t = dir_[d];
+      t.R = random(G * H * P, scale);
+      if (!form.bare) t.b = random(G * H, 1);
+      if (projects()) t.W_hr = random(P * H, scale);
+      for (int k = 0; k < info_.states; ++k) {
+        const int64_t size = B * (k == 0 ? P : H);
+        t.initial[k] = random(size, 1);
+        if (form.reset_state) t.reset[k] = random(size, 1);
+        if (!form.bare) t.dfinal[k] = random(size, 1);
+        t.final[k] = t.dinitial[k] = Buffer<T>(size);
+        if (form.reset_state) t.dreset[k] = Buffer<T>(size);
+      }
+      if (!form.training) continue;
+      t.h_prev = Buffer<T>(N_ * P);
+      t.saved = Buffer<T>(N_ * info_.saved * H);
+      t.dx = Buffer<T>(N_ * G * H);
+      const bool wanted = info_.extra == Extra::output ? projects() : info_.extra != Extra::none;
+      if (wanted) t.extra = Buffer<T>(N_ * H);
+      if (projects()) t.dh = Buffer<T>(N_ * P);
+    }
+  }
+
+  // Both passes; false if the driver refused. The plans they took are counted by the caller.
+  bool run(int threads) {
+    const ForwardProblem<T> forward = forward_problem();
+    forward_plan = plan_forward<T>(cell_, forward, threads);
+    if (run_forward<T>(cell_, forward, threads) != Status::ok) return false;
+    if (!form_.training) return true;
+    const BackwardProblem<T> backward = backward_problem();
+    backward_plan = plan_backward<T>(cell_, backward, threads);
+    return run_backward<T>(cell_, backward, threads) == Status::ok;
+  }
+
+  bool same_bits(const Layer& other) const {
+    bool same = equal(x_, other.x_) && equal(y_, other.y_);
+    for (int64_t d = 0; d < shape_.D; ++d) {
+      const Tensors<T>&a = dir_[d], &b = other.dir_[d];
+      same = same && equal(a.h_prev, b.h_prev) && equal(a.saved, b.saved) && equal(a.dx, b.dx) &&
+             equal(a.extra, b.extra) && equal(a.dh, b.dh);
+      for (int k = 0; k < info_.states; ++k) {
+        same = same && equal(a.final[k], b.final[k]) && equal(a.dinitial[k], b.dinitial[k]) &&
+               equal(a.dreset[k], b.dreset[k]);
+      }
+    }
+    return same;
+  }
+
+  Plan forward_plan, backward_plan;
+
+ private:
+  bool projects() const { return P_ != shape_.H; }
+
+  Buffer<T> random(int64_t size, T scale) { return random_buffer<T>(generator_, size, scale); }
+
+  // Row j of the sorted order has length T - 2j (at least 0, or 1 if packed); the order is a rotation.
+  void make_structure() {
+    const int64_t T_ = shape_.T, B = shape_.B;
+    N_ = T_ * B;
+    if (form_.lengths || form_.packed) {
+      N_ = 0;
+      for (int64_t t = 0; t < T_; ++t) {
+        int64_t rows = 0;
+        for (int64_t j = 0; j < B; ++j) rows += t < std::max<int64_t>(T_ - 2 * j, form_.packed);
+        active_.push_back(rows);
+        if (form_.packed) offset_.push_back(N_);
+        N_ += rows;
+      }
+      if (!form_.packed) N_ = T_ * B;
+      for (int64_t j = 0; j < B; ++j) order_.push_back((j + 1) % B);
+    }
+    for (int64_t i = 0; form_.resets && i < T_ * B; ++i) resets_.push_back(generator_() % 3 == 0);
+  }
+
+  template <class Problem>
+  Problem sized() {
+    Problem p{};
+    const Rows time_major{shape_.B, 1}, batch_major{1, shape_.T};
+    p.seq = {shape_.T,         shape_.B,         pointer(active_), pointer(order_),
+             pointer(offset_), pointer(resets_), time_major};
+    p.H = shape_.H;
+    p.P = P_;
+    p.D = shape_.D;
+    p.x_rows = p.y_rows = form_.batch_first ? batch_major : time_major;
+    return p;
+  }
+
+  ForwardProblem<T> forward_problem() {
+    auto p = sized<ForwardProblem<T>>();
+    p.training = form_.training;
+    for (int64_t d = 0; d < shape_.D; ++d) {
+      Tensors<T>& t = dir_[d];
+      ForwardDirection<T>& io = p.dir[d];
+      io.reverse = d == 1;
+      io.R = pointer(t.R);
+      io.b = pointer(t.b);
+      io.W_hr = pointer(t.W_hr);
+      io.x = pointer(x_) + d * info_.gates * shape_.H;
+      for (int k = 0; k < info_.states; ++k) {
+        io.initial[k] = pointer(t.initial[k]);
+        io.reset[k] = pointer(t.reset[k]);
+        io.final[k] = pointer(t.final[k]);
+      }
+      io.y = pointer(y_) + d * P_;
+      io.h_prev = pointer(t.h_prev);
+      io.saved = pointer(t.saved);
+    }
+    return p;
+  }
+
+  BackwardProblem<T> backward_problem() {
+    auto p = sized<BackwardProblem<T>>();
+    for (int64_t d = 0; d < shape_.D; ++d) {
+      Tensors<T>& t = dir_[d];
+      BackwardDirection<T>& io = p.dir[d];
+      io.reverse = d == 1;
+      io.R = pointer(t.R);
+      io.W_hr = pointer(t.W_hr);
+      io.gates = pointer(x_) + d * info_.gates * shape_.H;
+      io.h_prev = pointer(t.h_prev);
+      io.saved = pointer(t.saved);
+      io.dy = dy_.empty() ? nullptr : pointer(dy_) + d * P_;
+      for (int k = 0; k < info_.states; ++k) {
+        io.dfinal[k] = pointer(t.dfinal[k]);
+        io.dinitial[k] = pointer(t.dinitial[k]);
+        io.dreset[k] = pointer(t.dreset[k]);
+      }
+      io.dx = pointer(t.dx);
+      io.extra = pointer(t.extra);
+      io.dh = pointer(t.dh);
+    }
+    return p;
+  }
+
+  int cell_;
+  CellInfo info_;
+  Shape shape_;
+  int64_t P_, N_ = 0;
+  Form form_;
+  std::mt19937 generator_{2};
+  std::vector<int64_t> active_, order_, offset_;
+  std::vector<uint8_t> resets_;
+  Buffer<T> x_, y_, dy_;  // [N,D,G,H], [N,D,P], [N,D,P]
+  Tensors<T> dir_[kMaxDirections];
+};
+
+int failures = 0;
+
+// How often each way to split the work was taken.
+struct Coverage {
+  int by_unit = 0, by_row = 0, by_direction = 0, mixed = 0;
+  void count(const Plan& plan) {
+    by_unit += plan.unit_groups > 1;
+    by_row += plan.row_groups > 1;
+    by_direction += plan.direction_groups > 1;
+    mixed += plan.unit_groups > 1 && plan.direction_groups * plan.row_groups > 1;
+  }
+  bool complete() const { return by_unit && by_row && by_direction && mixed; }
+};
+
+template <class T>
+void check_layer(int cell, const Shape& shape, int64_t P, const Form& form, Coverage& coverage) {
+  const Layer<T> fresh(cell, shape, P, form);
+  Layer<T> expected = fresh;
+  bool good = expected.run(1);
+  for (const int threads : kTeams) {
+    Layer<T> actual = fresh;
+    good = actual.run(threads) && actual.same_bits(expected) && good;
+    coverage.count(actual.forward_plan);
+    coverage.count(actual.backward_plan);
+  }
+  // And from several threads at once, each with a team of its own.
+  Layer<T> callers[] = {fresh, fresh};
+  std::vector<std::thread> threads;
+  for (Layer<T>& layer : callers) threads.emplace_back([&layer] { layer.run(2); });
+  for (std::thread& thread : threads) thread.join();
+  for (const Layer<T>& layer : callers) good = layer.same_bits(expected) && good;
+  if (good) return;
+  ++failures;
+  std::printf("FAILED: %s, %s, %s, T=%d B=%d H=%d P=%d D=%d, %s\n", current_isa(),
+              cell_info(cell).name, sizeof(T) == 4 ? "float32" : "float64",
+              static_cast<int>(shape.T), static_cast<int>(shape.B), static_cast<int>(shape.H),
+              static_cast<int>(P), static_cast<int>(shape.D), form.name);
+}
+
+void check_cell(int cell) {
+  const CellInfo info = cell_info(cell);
+  Coverage coverage;
+  for (const Shape& shape : kShapes) {
+    for (const Form& form : kForms) {
+      check_layer<float>(cell, shape, shape.H, form, coverage);
+      check_layer<double>(cell, shape, shape.H, form, coverage);
+      if (info.projects && shape.H > 1) {
+        check_layer<float>(cell, shape, shape.H / 2, form, coverage);
+        check_layer<double>(cell, shape, shape.H / 2, form, coverage);
+      }
+    }
+  }
+  std::printf("%-9s%-18s plans split by unit %d, row %d, direction %d, mixed %d times\n",
+              current_isa(), info.name, coverage.by_unit, coverage.by_row, coverage.by_direction,
+              coverage.mixed);
+  if (!coverage.complete()) {
+    ++failures;
+    std::printf("FAILED: some way to split the work was never taken; other shapes are needed\n");
+  }
+}
+
+// The dense product; more units than threads, and more threads than panels of units.
+template <class T>
+void check_linear() {
+  for (const auto& [N, K, O] : {std::array<int64_t, 3>{70, 130, 480}, {1000, 130, 33}, {3, 7, 1}}) {
+    std::mt19937 generator{2};
+    const auto a = random_buffer<T>(generator, N * K, 1), w = random_buffer<T>(generator, O * K, 1);
+    const auto b = random_buffer<T>(generator, O, 1);
+    const auto product = [&, N = N, K = K, O = O](int threads) {
+      Buffer<T> out(static_cast<size_t>(N * O));
+      run_linear<T>({N, K, O, a.data(), w.data(), b.data(), out.data()}, threads);
+      return out;
+    };
+    const Buffer<T> expected = product(1);
+    for (const int threads : kTeams) {
+      if (equal(product(threads), expected)) continue;
+      ++failures;
+      std::printf("FAILED: %s, linear, %d threads\n", current_isa(), threads);
+    }
+  }
+}
+
+}  // namespace
+
+// Arguments: the ISAs to run; by default all that this CPU supports.
+int main(int argc, char** argv) {
+  setenv("RNNKERN_OVERSUBSCRIBE", "1", 1);  // teams larger than the machine
+  std::vector<const char*> isas(argv + 1, argv + argc);
+  for (int i = 0; argc == 1 && supported_isa(i); ++i) isas.push_back(supported_isa(i));
+  for (const char* isa : isas) {
+    if (!select_isa(isa)) {
+      std::printf("%s: not an ISA of this CPU\n", isa);
+      return 2;
+    }
+    for (int cell = 0; cell < cell_count(); ++cell) check_cell(cell);
+    check_linear<float>();
+    check_linear<double>();
+  }
+  std::printf(failures ? "%d failures\n" : "all results are equal\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,162 @@
+"""rnnkern.explain: it tells the path that a call takes, and every reason for the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import rnnkern
+import torch
+from cases import use_isa
+from rnnkern import _native, cpu
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+GROUPS = ("direction_groups", "row_groups", "unit_groups")
+MODULES = {
+    "lstm": (rnnkern.LSTM, {}),
+    "gru": (rnnkern.GRU, {}),
+    "gru_reset_before": (rnnkern.GRU, {"reset_after": False}),
+    "rnn_tanh": (rnnkern.RNN, {}),
+    "rnn_relu": (rnnkern.RNN, {"nonlinearity": "relu"}),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name: str) -> None:
+    kind, options = MODULES[name]
+    told = rnnkern.explain(kind(3, 40, bidirectional=True, **options), torch.randn(5, 2, 3))
+    assert isinstance(told, rnnkern.Explanation)
+    assert (told.cell, told.backend, told.reason) == (name, "cpu", "")
+    assert told.isa == _native.isa()
+    assert told.dtype == told.compute_dtype == torch.float32
+    assert set(told.plan) == {"forward", "backward"}
+    assert 1 <= told.threads <= torch.get_num_threads()
+    for plan in told.plan.values():
+        product = 1
+        for group in GROUPS:
+            product *= plan[group]
+        assert plan["threads"] == product
+        assert plan["step_microseconds"] > 0
+    assert name in str(told)
+    assert "cpu kernel" in str(told)
+    assert _native.isa() in str(told)
+
+
+@pytest.mark.parametrize("kind", [rnnkern.LSTMCell, rnnkern.GRUCell, rnnkern.RNNCell])
+def test_cells(kind: type[nn.RNNCellBase]) -> None:
+    for x in (torch.randn(4, 3), torch.randn(3)):
+        told = rnnkern.explain(kind(3, 5), x)
+        assert told.backend == "cpu"
+        assert (
+            told.cell
+            == {"LSTMCell": "lstm", "GRUCell": "gru", "RNNCell": "rnn_tanh"}[kind.__name__]
+        )
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas())
+def test_isa(isa: str) -> None:
+    with use_isa(isa):
+        assert rnnkern.explain(rnnkern.GRU(3, 5), torch.randn(5, 2, 3)).isa == isa
+
+
+def test_unknown_isa() -> None:
+    before = _native.isa()
+    with pytest.raises(ValueError, match="sse5") as error:
+        _native.select_isa("sse5")
+    assert all(name in str(error.value) for name in _native.supported_isas())
+    assert _native.isa() == before
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_plan_is_that_of_the_call(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form of the same input leads to the same sizes, and so to the same plan."""
+    monkeypatch.setenv("RNNKERN_OVERSUBSCRIBE", "1")
+    torch.set_num_threads(4)
+    label = "backward" if backward else "forward"
+    told = rnnkern.explain(rnnkern.LSTM(3, 192), torch.randn(9, 5, 3)).plan[label]
+    assert told["threads"] > 1
+    first = rnnkern.explain(rnnkern.LSTM(3, 192, batch_first=True), torch.randn(5, 9, 3))
+    assert first.plan[label] == told
+    packed = pack_sequence([torch.randn(9, 3)] * 5)
+    assert rnnkern.explain(rnnkern.LSTM(3, 192), packed).plan[label] == told
+    one = rnnkern.explain(rnnkern.LSTM(3, 192), torch.randn(9, 3)).plan[label]
+    assert one == rnnkern.explain(rnnkern.LSTM(3, 192), torch.randn(9, 1, 3)).plan[label]
+    double = rnnkern.explain(
+        rnnkern.LSTM(3, 192, dtype=torch.float64), torch.randn(9, 5, 3).double()
+    )
+    assert double.plan[label]["step_microseconds"] > told["step_microseconds"]
+    torch.set_num_threads(1)
+    alone = rnnkern.explain(rnnkern.LSTM(3, 192), torch.randn(9, 5, 3))
+    assert alone.threads == 1
+    assert "1 thread(s)" in str(alone)
+
+
+def test_types() -> None:
+    module, x = rnnkern.LSTM(3, 5), torch.randn(4, 2, 3)
+    for dtype in (torch.bfloat16, torch.float16):
+        told = rnnkern.explain(module.to(dtype), x.to(dtype))
+        assert (told.backend, told.dtype, told.compute_dtype) == ("cpu", dtype, torch.float32)
+        assert "computed in float32" in str(told)
+    told = rnnkern.explain(module.double(), x.double())
+    assert told.dtype == told.compute_dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        told = rnnkern.explain(rnnkern.LSTM(3, 5), x)
+    assert (told.backend, told.compute_dtype) == ("cpu", torch.float32)
+
+
+def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    calls: list[Any] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith(("forward_", "backward_")):
+                calls.append(name)
+            return getattr(_native._cpu, name)
+
+    monkeypatch.setattr(cpu, "_cpu", Watched())
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_it_tells_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel runs where it says so, and does not where it says the reference does."""
+    calls = count_kernel_calls(monkeypatch)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
+        module, x = rnnkern.RNN(3, 5).to(dtype), torch.randn(4, 2, 3).to(dtype)
+        told = rnnkern.explain(module, x)
+        calls.clear()
+        module(x)
+        assert bool(calls) == (told.backend == "cpu"), (dtype, told)
+        assert calls in ([], [f"forward_{told.compute_dtype}".replace("torch.", "")])
+    assert told.backend == "reference"
+    assert "complex64" in told.reason
+    assert told.reason in str(told)
+    assert (told.threads, told.isa, told.plan) == (0, "", {})
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        told.append(rnnkern.explain(module, x))
+        return module(x)[0]
+
+    module, told = rnnkern.RNN(3, 5), []
+    calls.clear()
+    torch.func.vmap(inside)(torch.randn(2, 4, 2, 3))
+    assert bool(calls) == (told[0].backend == "cpu")
+
+
+def test_other_devices_run_the_reference() -> None:
+    class Elsewhere:
+        device = torch.device("cuda")
+        dtype = torch.float32
+
+    from rnnkern.layers import missing_kernel
+
+    reason = missing_kernel(Elsewhere())  # type: ignore[arg-type]
+    assert reason is not None
+    assert "cuda" in reason
+
+
+@pytest.mark.parametrize("wrong", [nn.LSTM(3, 5), nn.Linear(3, 5), None, rnnkern.LSTM])
+def test_only_our_modules_explain(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="module"):
+        rnnkern.explain(wrong, torch.randn(4, 2, 3))
