@@ -20,6 +20,7 @@ _SMALL = (
     1 << 15
 )  # elements of w; packing fewer costs the native product less than the call of oneDNN
 _DEEP = 1 << 10  # length of the sums from which the order of the factors matters to oneDNN
+_PIECE = 1 << 12  # length of a sum up to which oneDNN's results do not depend on the threads
 
 
 def _has_onednn() -> bool:
@@ -51,8 +52,8 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     (N, K), O = a.shape, w.shape[0]
     if _ONEDNN and a.dtype == torch.float32 and K * O > _SMALL:
         if K > _DEEP and O < N and b is None:  # oneDNN prefers the wide factor in second place
-            return _onednn(_dense(w), _dense(a), None).t().contiguous()
-        return _onednn(_dense(a), _dense(w), b)
+            return _onednn(w, a, None).t().contiguous()
+        return _onednn(a, w, b)
     out = a.new_empty(N, O)
     if N > 0:
         a, w = a.contiguous(), w.contiguous()
@@ -63,7 +64,16 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def _onednn(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, w, b, "none", [], "")
+    """Return a·wᵀ + b, summed in pieces too short for oneDNN to divide among threads."""
+    first, *others = zip(a.split(_PIECE, 1), w.split(_PIECE, 1), strict=True)
+    total = _onednn_piece(*first, b)
+    for piece in others:
+        total += _onednn_piece(*piece, None)
+    return total
+
+
+def _onednn_piece(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(w), b, "none", [], "")
     return product
 
 
