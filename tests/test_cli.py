@@ -9,9 +9,8 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import pytest
-import torch
-
 import rnnkern
+import torch
 from rnnkern import _native, cli
 from rnnkern.demo import machine
 from rnnkern.demo.errors import CommandError

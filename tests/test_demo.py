@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-
 import rnnkern
+import torch
 from rnnkern import cli
 from rnnkern.demo import command, corpus, files, model, report, train
 from rnnkern.demo.errors import CommandError
+from torch import Tensor, nn
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
