@@ -2,10 +2,10 @@
 
     python bench/versus_torch.py [--threads 2] [--rounds 30] [--cell lstm --cell gru --cell rnn]
 
-Both run in one process, round by round in turn; each turn is one untimed call, a pause in which
-idle pool threads go to sleep, and one timed call. Printed are the median times and the median of
-the rounds' ratios with its quartiles (torch's time / ours: above 1 rnnkern is faster). Before
-anything is timed, outputs and gradients of the two are compared.
+Both run in one process, round by round in turn; each turn is a pause, in which the other's idle
+pool threads stop spinning, one untimed call and one timed call. Printed are the median times and
+the median of the rounds' ratios with its quartiles (torch's time / ours: above 1 rnnkern is
+faster). Before anything is timed, outputs and gradients of the two are compared.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def inference(module: nn.Module, x: torch.Tensor, _: torch.Tensor) -> Callable[[
 
 
 def milliseconds(call: Callable[[], object], pause: float) -> float:
-    """Return the time of one call after an untimed one."""
-    call()
+    """Return the time of one call after a pause and an untimed one."""
     time.sleep(pause)
+    call()
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--pause", type=float, default=0.01, help="seconds before a timed call")
+    parser.add_argument("--pause", type=float, default=0.01, help="seconds before each turn")
     parser.add_argument("--cell", action="append", choices=CELLS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -56,7 +56,7 @@ struct Pack {
 
   Pack() = default;
   RNNKERN_INLINE Pack(Raw raw) : v(raw) {}
-  RNNKERN_INLINE explicit Pack(T scalar) : v(scalar - Raw{}) {}
+  RNNKERN_INLINE explicit Pack(T scalar) : v(scalar - Raw{}) {}  // - 0, not + 0: it keeps -0
 
   RNNKERN_INLINE static Pack load(const T* p) {
     Pack a;
