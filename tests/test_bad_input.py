@@ -280,3 +280,19 @@ def test_nan_input_stays_in_its_row(cell: str) -> None:
     for found, wanted in zip(finals_nan, finals, strict=True):
         assert bool(found[:, 1].isnan().all())
         assert torch.equal(found[:, others], wanted[:, others])
+
+
+@pytest.mark.parametrize(
+    "lengths", [[-3, 6, 1, 1], [7, 6, 1, 1], [3], [3.5, 2.0, 1.0, 1.0]], ids=str
+)
+def test_lengths_where_the_reference_runs(lengths: list[float]) -> None:
+    module, x = rnnkern.GRU(I, H), torch.randn(T, B, I)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(CLEAR, match="lengths"):
+        module(x, lengths=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("shape", [(T, 1), (B, T), (T,), (T, B, 1)], ids=str)
+def test_resets_where_the_reference_runs(shape: tuple[int, ...]) -> None:
+    module, x = rnnkern.GRU(I, H), torch.randn(T, B, I)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(CLEAR, match="resets"):
+        module(x, resets=torch.zeros(shape, dtype=torch.bool))

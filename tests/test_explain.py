@@ -69,9 +69,10 @@ def test_unknown_isa() -> None:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_plan_is_that_of_the_call(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_that_of_the_call(backward: bool, request: pytest.FixtureRequest) -> None:
     """Every form of the same input leads to the same sizes, and so to the same plan."""
-    monkeypatch.setenv("RNNKERN_OVERSUBSCRIBE", "1")
+    request.addfinalizer(lambda: _native.allow_oversubscription(False))
+    _native.allow_oversubscription(True)
     torch.set_num_threads(4)
     label = "backward" if backward else "forward"
     told = rnnkern.explain(rnnkern.LSTM(3, 192), torch.randn(9, 5, 3)).plan[label]

@@ -2,8 +2,8 @@
 // happens here.
 //
 // Every tensor is an address (0: absent); shapes stand in core/problem.h. The caller keeps the
-// tensors alive, contiguous where that file says so, and large enough; python/rnnkern/cpu.py is the
-// one caller.
+// tensors alive, contiguous where that file says so, and large enough; only the modules
+// beside rnnkern._native call it.
 #include <pybind11/pybind11.h>
 
 #include <cstdlib>
@@ -11,6 +11,7 @@
 #include <string>
 
 #include "cpu/driver.h"
+#include "cpu/team.h"
 
 namespace py = pybind11;
 using namespace rnnkern;
@@ -157,6 +158,7 @@ template <class T>
 py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D,
               bool back) {
   if (cell < 0 || cell >= cell_count()) raise(Status::unknown_cell);
+  if (D < 1 || D > kMaxDirections) throw py::value_error("D: expected 1 or 2");
   const T some = 0;  // only whether there is a projection counts
   const auto sized = [&](auto problem) {
     problem.seq.T = T_;
@@ -228,6 +230,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &current_isa);
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &pin_isa);
+  m.def("allow_oversubscription", &allow_oversubscription);
   m.def("forward_float32", &forward<float>);
   m.def("forward_float64", &forward<double>);
   m.def("backward_float32", &backward<float>);

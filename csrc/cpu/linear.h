@@ -1,7 +1,7 @@
 // The dense product out = a·wᵀ + b, with the tiles of the recurrence, for the products around it
 // that torch's GEMMs serve badly: small ones, where the call costs more than the work, and float64,
 // where MKL's last bits change with the number of threads. Threads split the output units, or the
-// rows if there are more threads than panels; either way every element is one chain of fma over k.
+// rows if there are more threads than panels; either way every element is summed alike.
 #pragma once
 
 #include "core/problem.h"

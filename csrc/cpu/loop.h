@@ -60,11 +60,9 @@ struct Place {
     return n > row_group ? (n - row_group + row_groups - 1) / row_groups : 0;
   }
   int64_t sorted_row(int64_t m) const { return m * row_groups + row_group; }
+  // Barrier 0 is the whole team's; then one for every group of threads that exchange states.
   int barrier() const { return 1 + direction_group * row_groups + row_group; }
 };
-
-// Barrier 0 is the whole team's; then one for every group of threads that exchange states.
-inline int barrier_count(const Plan& plan) { return 1 + plan.direction_groups * plan.row_groups; }
 
 // One product over this thread's rows and panels; emit gets the sorted row.
 template <class T, int NG, class Emit>

@@ -51,9 +51,13 @@ Plan make_plan(const Work& work, int threads) {
   Plan best;
   double best_time = call_microseconds(work, best);
   const int max_directions = static_cast<int>(std::min<int64_t>(work.D, threads));
+  // Powers of two, and all threads that are left: a few dozen candidates even for 64 threads.
+  const auto next = [](int n, int most) { return n < most ? std::min(2 * n, most) : most + 1; };
   for (int d = 1; d <= max_directions; ++d) {
-    for (int r = 1; r <= std::min<int64_t>(work.B, threads / d); ++r) {
-      for (int u = 1; u <= std::min<int64_t>(work.panels, threads / d / r); ++u) {
+    const int most_rows = static_cast<int>(std::min<int64_t>(work.B, threads / d));
+    for (int r = 1; r <= most_rows; r = next(r, most_rows)) {
+      const int most_units = static_cast<int>(std::min<int64_t>(work.panels, threads / d / r));
+      for (int u = 1; u <= most_units; u = next(u, most_units)) {
         Plan plan;
         plan.direction_groups = d;
         plan.row_groups = r;

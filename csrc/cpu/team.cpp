@@ -1,7 +1,6 @@
 #include "cpu/team.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -11,7 +10,8 @@
 #if defined(RNNKERN_STD_THREADS)  // ThreadSanitizer cannot see into libgomp
 #include <thread>
 #include <vector>
-#elif defined(_OPENMP)
+#endif
+#if defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -35,6 +35,7 @@ inline void relax() {
 }
 
 std::atomic<bool> forked_child{false};
+std::atomic<bool> oversubscribing{false};
 
 struct ForkWatch {
   ForkWatch() {
@@ -65,13 +66,14 @@ void Barrier::wait() {
   }
 }
 
+void allow_oversubscription(bool allow) { oversubscribing.store(allow, std::memory_order_relaxed); }
+
 int usable_threads(int requested) {
   if (forked_child.load(std::memory_order_relaxed)) return 1;
   int cpus = requested;
-  if (std::getenv("RNNKERN_OVERSUBSCRIBE")) return std::max(1, requested);
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) cpus = CPU_COUNT(&set);
+#if defined(_OPENMP)
+  // Not sched_getaffinity: with OMP_PROC_BIND the calling thread is bound to one CPU.
+  if (!oversubscribing.load(std::memory_order_relaxed)) cpus = omp_get_num_procs();
 #endif
   return std::max(1, std::min(requested, cpus));
 }

@@ -25,9 +25,9 @@ class Barrier {
 };
 
 // The most threads a call should use now: `requested`, at most the CPUs this process may run on
-// (unless the environment variable RNNKERN_OVERSUBSCRIBE is set, as the tests do), and one in a
-// forked child.
+// (unless that is lifted, as the tests do), and one in a forked child.
 int usable_threads(int requested);
+void allow_oversubscription(bool allow);
 
 // Calls body(rank, size, context) on `threads` threads at once. The runtime may grant fewer than
 // asked for; then rank 0 alone is called, with size 1.

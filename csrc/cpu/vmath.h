@@ -1,5 +1,5 @@
-// tanh, sigmoid and relu on packs: at most 4 ULP from the exact value in float and in double, with true
-// division. They saturate exactly, and NaN and infinities go through as in torch.
+// tanh, sigmoid and relu on packs: at most 4 ULP from the exact value in float and in double, with
+// true division. They saturate exactly, and NaN and infinities go through as in torch.
 //
 // Both rest on e^x = 2 s (1 + q) with s = 2^(n-1), x = n ln2 + r, |r| <= ln2/2 and q = e^r - 1, a
 // Taylor polynomial (up to r^7 in float, r^13 in double: the first term left out is below half an

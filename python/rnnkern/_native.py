@@ -37,6 +37,11 @@ def select_isa(name: str) -> None:
     _cpu.select_isa(name)
 
 
+def allow_oversubscription(allow: bool) -> None:
+    """Let teams have more threads than there are CPUs (for tests: it makes nothing faster)."""
+    _cpu.allow_oversubscription(allow)
+
+
 def cuda_available() -> bool:
     """Return whether this build carries the CUDA kernels."""
     return importlib.util.find_spec("rnnkern._cuda") is not None

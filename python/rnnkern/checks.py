@@ -74,6 +74,26 @@ def check_backward(cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs) -> N
         )
 
 
+def check_resets(a: LayerInputs, s: Sizes) -> None:
+    """Check the type and the shape of the resets."""
+    expected = (s.B, s.T) if a.batch_first else (s.T, s.B)
+    if a.resets is not None and (a.resets.dtype != torch.bool or a.resets.shape != expected):
+        raise ValueError(
+            f"resets: expected bool {list(expected)}, got {a.resets.dtype} {list(a.resets.shape)}"
+        )
+
+
+def check_lengths(a: LayerInputs, s: Sizes) -> Tensor | None:
+    """Check the lengths and return them as int64 on the CPU, or None if every row has T steps."""
+    if a.lengths is None:
+        return None
+    lengths = integers("lengths", a.lengths, (s.B,))
+    low, high = (int(v) for v in lengths.aminmax()) if s.B else (0, 0)
+    if low < 0 or high > s.T:
+        raise ValueError(f"lengths: expected values in [0, {s.T}], got {low}..{high}")
+    return lengths if low < s.T else None
+
+
 def integers(name: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return integers of any type, device and stride as the native core reads them."""
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.shape != shape:

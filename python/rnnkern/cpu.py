@@ -17,7 +17,7 @@ from rnnkern.arguments import (
     split,
 )
 from rnnkern.cells import Cell, get_cell
-from rnnkern.checks import check_backward, check_layer, integers
+from rnnkern.checks import check_backward, check_layer, check_lengths, check_resets, integers
 from rnnkern.gemm import linear
 
 
@@ -56,23 +56,16 @@ def _steps(a: LayerInputs, s: Sizes) -> _Steps:
             order = integers("order", order, (s.B,))
             if not torch.equal(order.sort().values, torch.arange(s.B)):
                 raise ValueError(f"order: expected a permutation of {s.B} rows")
-    elif a.lengths is not None:
-        lengths = integers("lengths", a.lengths, (s.B,))
-        low, high = (int(v) for v in lengths.aminmax()) if s.B else (0, 0)
-        if low < 0 or high > s.T:
-            raise ValueError(f"lengths: expected values in [0, {s.T}], got {low}..{high}")
-        if low < s.T:
+    else:
+        lengths = check_lengths(a, s)
+        if lengths is not None:
             order = lengths.argsort(descending=True, stable=True)
             steps = torch.arange(s.T)
             active = s.B - torch.searchsorted(lengths.sort().values, steps, right=True)
             padding = steps.unsqueeze(1) >= lengths
     resets, strides = a.resets, [0, 0]
+    check_resets(a, s)
     if resets is not None:
-        expected = (s.B, s.T) if a.batch_first else (s.T, s.B)
-        if resets.dtype != torch.bool or resets.shape != expected:
-            raise ValueError(
-                f"resets: expected bool {list(expected)}, got {resets.dtype} {list(resets.shape)}"
-            )
         resets = resets.cpu()
         strides = list(resets.stride())
         if a.batch_first:
@@ -164,7 +157,9 @@ def layer_backward(*args: Any) -> tuple[Tensor, ...]:
     wanted = dict(zip(DIFFERENTIABLE, g.output_mask, strict=True))
     new = a.input.new_zeros if steps.ragged else a.input.new_empty
     dx = new(s.D, s.N, s.G * s.H)
-    needs_extra = cell.extra != "none" and (cell.extra != "output" or a.w_hr is not None)
+    recurrent = any(on for name, on in wanted.items() if name.startswith(("w_h", "b_hh")))
+    projects = a.w_hr is not None
+    needs_extra = recurrent and cell.extra != "none" and (cell.extra != "output" or projects)
     extra = new(s.D, s.N, s.H) if needs_extra else None
     dh = new(s.D, s.N, s.P) if a.w_hr is not None else None
     out: dict[str, Tensor | None] = {

@@ -93,6 +93,7 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
         If the module is not one of rnnkern's.
     """
     if isinstance(module, _Recurrent):
+        module._check(input, None, getattr(input, "batch_sizes", None))
         name, D, P = module._cell_name(), 2 if module.bidirectional else 1, module.proj_size
         batch_first = module.batch_first
     elif isinstance(module, _Cell):

@@ -90,6 +90,8 @@ def recurrent(
     structure = Structure(
         info, num_layers, bias, bidirectional, len(weights) != directions * plain, batch_first
     )
+    if any(w.dim() != 2 for w in weights[:2]):
+        raise ValueError("weights: expected matrices w_ih and w_hh in front")
     rank = input.data.dim() if isinstance(input, PackedSequence) else input.dim()
     if rank not in ((2,) if isinstance(input, PackedSequence) else (2, 3)):
         raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")

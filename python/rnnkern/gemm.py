@@ -16,11 +16,14 @@ from rnnkern._native import _cpu
 
 __all__ = ["linear"]
 
-_SMALL = (
-    1 << 15
-)  # elements of w; packing fewer costs the native product less than the call of oneDNN
-_DEEP = 1 << 10  # length of the sums from which the order of the factors matters to oneDNN
-_PIECE = 1 << 12  # length of a sum up to which oneDNN's results do not depend on the threads
+# Elements of w: packing fewer costs the native product less than the call of oneDNN.
+_SMALL = 1 << 15
+# Length of the sums from which the order of the factors matters to oneDNN.
+_DEEP = 1 << 8
+# Length of a sum up to which the number of threads leaves oneDNN's results alone, in general and
+# for products of fewer than eight rows.
+_PIECE = 1 << 12
+_PIECE_OF_FEW_ROWS = 1 << 10
 
 
 def _has_onednn() -> bool:
@@ -65,7 +68,8 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 def _onednn(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """Return a·wᵀ + b, summed in pieces too short for oneDNN to divide among threads."""
-    first, *others = zip(a.split(_PIECE, 1), w.split(_PIECE, 1), strict=True)
+    length = _PIECE if min(a.shape[0], w.shape[0]) >= 8 else _PIECE_OF_FEW_ROWS
+    first, *others = zip(a.split(length, 1), w.split(length, 1), strict=True)
     total = _onednn_piece(*first, b)
     for piece in others:
         total += _onednn_piece(*piece, None)

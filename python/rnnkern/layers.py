@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern.arguments import LayerInputs
+from rnnkern.arguments import LayerInputs, sizes_of
 from rnnkern.cells import Cell
-from rnnkern.checks import KERNEL_DTYPES
+from rnnkern.checks import KERNEL_DTYPES, check_lengths, check_resets
 from rnnkern.ops import reference_layer
 
 States = tuple[Tensor, ...]
@@ -142,6 +142,8 @@ def run(
             raise RuntimeError("expected scalar type Long but found Int")
         B = int(packed.batch_sizes[0])
         if resets is not None and structure.batch_first:
+            if resets.dim() != 2:
+                raise ValueError(f"resets: expected [B,T], got {list(resets.shape)}")
             resets = resets.transpose(0, 1)
     else:
         B = data.shape[0 if batch_first else 1]
@@ -337,6 +339,9 @@ def run_layer(
         batch_first,
     )
     if missing_kernel(data) is not None:
+        sizes = sizes_of(args, cell)
+        check_resets(args, sizes)
+        check_lengths(args, sizes)
         y, *final = reference_layer(args)
         return y, tuple(final)
     # A trace must come out the same in every grad mode; the operator's backward copes with either.

@@ -66,7 +66,8 @@ class _Recurrent(nn.RNNBase):
             Not with a PackedSequence.
         resets : Tensor, optional
             bool [T,B] ([B,T] with `batch_first`, [T] unbatched): step t starts a new segment. No
-            information crosses its start in either direction.
+            information crosses its start in either direction. Backward reads it again: do not
+            change it in place before.
         reset_state : Tensor or tuple of Tensor, optional
             The state before a reset step, of hx's form, differentiable; zero if left out.
 

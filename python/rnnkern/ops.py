@@ -1,6 +1,6 @@
 """The torch operators: ``rnnkern::layer`` runs one layer, ``rnnkern::layer_backward`` its gradient.
 
-One call is one layer: the input product of every direction (one GEMM each), the recurrence over the
+One call is one layer: the input product of all directions (one GEMM), the recurrence over the
 whole sequence in the native core, and in backward the recurrence again and then one GEMM for every
 weight gradient. Rows of data are time-major, or batch-major (`batch_first`), or packed; the native
 core addresses all three in place.

@@ -36,7 +36,9 @@ def test_value(
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [*SHAPES, (256, 20000, 132)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (256, 20000, 132), (1, 2304, 65), (1, 4096, 128), (4096, 1100, 1)], ids=str
+)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_threads(dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool) -> None:
     a, w = factors(shape, dtype, transposed)

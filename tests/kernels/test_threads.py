@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -44,9 +46,11 @@ LSTM_PROJECTED = ({"T": 5, "B": 5, "H": 200, "P": 150, "D": 2}, {"T": 6, "B": 1,
 
 
 @pytest.fixture(autouse=True)
-def _more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def _more_threads_than_cpus() -> Iterator[None]:
     """Lift the cap of the team at the number of CPUs, so that any machine runs every plan."""
-    monkeypatch.setenv("RNNKERN_OVERSUBSCRIBE", "1")
+    _native.allow_oversubscription(True)
+    yield
+    _native.allow_oversubscription(False)
 
 
 def sized_cases(cell: str) -> list[Case]:
@@ -193,6 +197,7 @@ FORK = """
     import torch
     import rnnkern
 
+    rnnkern._native.allow_oversubscription(True)
     torch.manual_seed(0)
     torch.set_num_threads(4)
     module = rnnkern.LSTM(8, 192, bidirectional=True)
@@ -279,3 +284,25 @@ def test_a_team_has_its_threads() -> None:
 @pytest.mark.parametrize("script", [OS_FORK, DATA_LOADER], ids=["os_fork", "data_loader"])
 def test_forked_children(script: str) -> None:
     run_script(script)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two CPUs")
+def test_bound_threads_do_not_shrink_the_team() -> None:
+    """OMP_PROC_BIND binds the calling thread to one CPU; the team is still the machine's."""
+    code = """
+        import torch, rnnkern
+        torch.set_num_threads(2)
+        x = torch.randn(20, 16, 256)
+        module = rnnkern.LSTM(256, 256)
+        module(x)
+        assert rnnkern.explain(module, x).threads == 2, rnnkern.explain(module, x)
+    """
+    environment = {**os.environ, "OMP_PROC_BIND": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr

@@ -5,6 +5,8 @@
 //
 // ThreadSanitizer does not see AVX-512's masked loads and stores; the other ISAs run the same loops
 // with plain ones.
+#include "cpu/team.h"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -142,7 +144,7 @@ class Layer {
 
   Buffer<T> random(int64_t size, T scale) { return random_buffer<T>(generator_, size, scale); }
 
-  // Row j of the sorted order has length T - 2j (at least 0, or 1 if packed); the order is a rotation.
+  // Sorted row j has length T - 2j (at least 0, or 1 if packed); the order is a rotation.
   void make_structure() {
     const int64_t T_ = shape_.T, B = shape_.B;
     N_ = T_ * B;
@@ -319,7 +321,7 @@ void check_linear() {
 
 // Arguments: the ISAs to run; by default all that this CPU supports.
 int main(int argc, char** argv) {
-  setenv("RNNKERN_OVERSUBSCRIBE", "1", 1);  // teams larger than the machine
+  rnnkern::allow_oversubscription(true);  // teams larger than the machine
   std::vector<const char*> isas(argv + 1, argv + argc);
   for (int i = 0; argc == 1 && supported_isa(i); ++i) isas.push_back(supported_isa(i));
   for (const char* isa : isas) {
