@@ -54,7 +54,8 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """
     (N, K), O = a.shape, w.shape[0]
     if _ONEDNN and a.dtype == torch.float32 and K * O > _SMALL:
-        if K > _DEEP and O < N and b is None:  # oneDNN prefers the wide factor in second place
+        if K > _DEEP and O < N and b is None and not a.is_contiguous():
+            # A weight gradient, dxᵀ·input: oneDNN prefers the wide factor in second place.
             return _onednn(w, a, None).t().contiguous()
         return _onednn(a, w, b)
     out = a.new_empty(N, O)
