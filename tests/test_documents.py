@@ -122,3 +122,8 @@ def test_files_named_in_documents_exist(name: str) -> None:
     named = set(re.findall(r"`((?:csrc|python|tests|bench|docs|examples)/[\w./-]+\.\w+)`", text))
     missing = [path for path in named if not (ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")))
+def test_nothing_is_left_to_fill_in(path: Path) -> None:
+    assert not re.findall(r"@[A-Z]+@|TODO|TBD", path.read_text(encoding="utf-8"))
