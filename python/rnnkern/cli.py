@@ -55,10 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
+        _drop_output()
         return 141
     except OSError as error:  # the disk that our output goes to is full
+        _drop_output()
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _drop_output() -> None:
+    """Send what is still buffered to nowhere: Python would fail to flush it at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 @dataclass(frozen=True)
