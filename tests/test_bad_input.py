@@ -50,6 +50,7 @@ BAD_RESETS = {
     "three_dimensions": torch.zeros(T, B, 1, dtype=torch.bool),
     "empty": torch.zeros(0, dtype=torch.bool),
     "meta": torch.zeros(T, B, dtype=torch.bool, device="meta"),
+    "list": [[False] * B] * T,
 }
 modules = pytest.mark.parametrize("kind", [rnnkern.LSTM, rnnkern.GRU, rnnkern.RNN])
 

@@ -155,6 +155,23 @@ void linear(int threads, int64_t N, int64_t K, int64_t O, uintptr_t a, uintptr_t
 }
 
 template <class T>
+void outer(int threads, int64_t N, int64_t O, uintptr_t a, int64_t lda, uintptr_t sum,
+           const py::tuple& factors) {
+  OuterProblem<T> p{N, O, reinterpret_cast<const T*>(a), lda, reinterpret_cast<T*>(sum), {}};
+  if (factors.size() > 2) throw py::value_error("factors: expected at most 2");
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const auto t = factors[i].cast<py::tuple>();
+    p.b[i] = {t[0].cast<int64_t>(), pointer<const T>(t[1]), t[2].cast<int64_t>(), pointer<T>(t[3])};
+  }
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = run_outer<T>(p, threads);
+  }
+  raise(status);
+}
+
+template <class T>
 py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D,
               bool back) {
   if (cell < 0 || cell >= cell_count()) raise(Status::unknown_cell);
@@ -237,6 +254,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward_float64", &backward<double>);
   m.def("linear_float32", &linear<float>);
   m.def("linear_float64", &linear<double>);
+  m.def("outer_float32", &outer<float>);
+  m.def("outer_float64", &outer<double>);
   m.def("plan_float32", &plan<float>);
   m.def("plan_float64", &plan<double>);
   const char* isa = std::getenv("RNNKERN_ISA");

@@ -101,6 +101,29 @@ struct LinearProblem {
   const T* w;  // [O,K]
   const T* b;  // [O], or null
   T* out;      // [N,O]
+
+  int64_t multiplications() const { return N * K * O; }
+};
+
+// out = aᵀ·data
+template <class T>
+struct OuterFactor {
+  int64_t I;
+  const T* data;  // [N,I], rows ld apart
+  int64_t ld;
+  T* out;  // [O,I]
+};
+
+// The products of one a with up to two factors (I = 0: none), and the sum of its rows.
+template <class T>
+struct OuterProblem {
+  int64_t N, O;
+  const T* a;  // [N,O], rows lda apart
+  int64_t lda;
+  T* sum;  // [O], or null
+  OuterFactor<T> b[2];
+
+  int64_t multiplications() const { return N * O * (b[0].I + b[1].I); }
 };
 
 }  // namespace rnnkern

@@ -112,6 +112,30 @@ Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int thr
   return Status::ok;
 }
 
+template <class Problem, class T>
+Status run_product(const ProductKernel<Problem, T>& kernel, const Problem& problem, int threads) {
+  struct Call {
+    const ProductKernel<Problem, T>& kernel;
+    const Problem& problem;
+    T* scratch;
+  };
+  // A thread is worth waking for about a million multiplications.
+  const int64_t worth = problem.multiplications() / (1 << 20) + 1;
+  const int64_t items = std::min(worth, kernel.work_items(problem));
+  const int team = static_cast<int>(std::min<int64_t>(usable_threads(threads), items));
+  const auto scratch = allocate<T>(kernel.scratch_elements(problem, team));
+  if (!scratch) return Status::out_of_memory;
+  Call call{kernel, problem, scratch.get()};
+  run_team(
+      team,
+      [](int rank, int size, void* context) {
+        const Call& c = *static_cast<const Call*>(context);
+        c.kernel.run(c.problem, c.scratch, rank, size);
+      },
+      &call);
+  return Status::ok;
+}
+
 template <class Problem>
 Status check(int cell, const Problem& p) {
   if (cell < 0 || cell >= cell_count()) return Status::unknown_cell;
@@ -159,27 +183,12 @@ Status run_backward(int cell, const BackwardProblem<T>& problem, int threads) {
 
 template <class T>
 Status run_linear(const LinearProblem<T>& problem, int threads) {
-  struct Call {
-    const LinearKernel<T>& kernel;
-    const LinearProblem<T>& problem;
-    T* scratch;
-  };
-  const LinearKernel<T>& kernel = kernels<T>().linear;
-  // A thread is worth waking for about a million multiplications.
-  const int64_t worth = problem.N * problem.K * problem.O / (1 << 20) + 1;
-  const int64_t items = std::min(worth, kernel.work_items(problem));
-  const int team = static_cast<int>(std::min<int64_t>(usable_threads(threads), items));
-  const auto scratch = allocate<T>(kernel.scratch_elements(problem, team));
-  if (!scratch) return Status::out_of_memory;
-  Call call{kernel, problem, scratch.get()};
-  run_team(
-      team,
-      [](int rank, int size, void* context) {
-        const Call& c = *static_cast<const Call*>(context);
-        c.kernel.run(c.problem, c.scratch, rank, size);
-      },
-      &call);
-  return Status::ok;
+  return run_product(kernels<T>().linear, problem, threads);
+}
+
+template <class T>
+Status run_outer(const OuterProblem<T>& problem, int threads) {
+  return run_product(kernels<T>().outer, problem, threads);
 }
 
 template <class T>
@@ -198,6 +207,8 @@ template Status run_backward<float>(int, const BackwardProblem<float>&, int);
 template Status run_backward<double>(int, const BackwardProblem<double>&, int);
 template Status run_linear<float>(const LinearProblem<float>&, int);
 template Status run_linear<double>(const LinearProblem<double>&, int);
+template Status run_outer<float>(const OuterProblem<float>&, int);
+template Status run_outer<double>(const OuterProblem<double>&, int);
 template Plan plan_forward<float>(int, const ForwardProblem<float>&, int);
 template Plan plan_forward<double>(int, const ForwardProblem<double>&, int);
 template Plan plan_backward<float>(int, const BackwardProblem<float>&, int);

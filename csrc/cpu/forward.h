@@ -199,10 +199,14 @@ class ForwardLoop {
         }
       }
     };
+    const auto fetch = [&](int64_t j, int64_t u, int64_t count) RNNKERN_LAMBDA {
+      const int64_t row = p_.seq.data_row(p_.x_rows, step.t, j);
+      for (int g = g0; g < g1; ++g) prefetch(io.x + (row * p_.D * G + g) * H + u, count);
+    };
     if constexpr (phase_index == 0) {
-      run_stage(s.first, operand, place, step.rows, step.rows, emit);
+      run_stage(s.first, operand, place, step.rows, step.rows, emit, fetch);
     } else {
-      run_stage(s.second, operand, place, step.rows, step.rows, emit);
+      run_stage(s.second, operand, place, step.rows, step.rows, emit, fetch);
     }
   }
 

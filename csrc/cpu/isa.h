@@ -6,6 +6,7 @@
 #include "cpu/forward.h"
 #include "cpu/kernels.h"
 #include "cpu/linear.h"
+#include "cpu/outer.h"
 #include "cpu/vmath.h"
 
 namespace rnnkern {
@@ -35,9 +36,15 @@ constexpr CellKernels<T> all_cells[] = {
 #undef RNNKERN_ROW
 };
 
+template <class Product, class Problem, class T>
+constexpr ProductKernel<Problem, T> product_kernel() {
+  return {Product::scratch_elements, Product::work_items, Product::run};
+}
+
 template <class T>
-constexpr TypeKernels<T> type_kernels = {
-    all_cells<T>, {Linear<T>::scratch_elements, Linear<T>::work_items, Linear<T>::run}};
+constexpr TypeKernels<T> type_kernels = {all_cells<T>,
+                                         product_kernel<Linear<T>, LinearProblem<T>, T>(),
+                                         product_kernel<Outer<T>, OuterProblem<T>, T>()};
 
 }  // namespace
 }  // namespace rnnkern

@@ -20,17 +20,18 @@ struct CellKernels {
   LoopKernel<BackwardProblem<T>, T> backward;
 };
 
-template <class T>
-struct LinearKernel {
-  int64_t (*scratch_elements)(const LinearProblem<T>&, int threads);
-  int64_t (*work_items)(const LinearProblem<T>&);  // threads beyond this many would idle
-  void (*run)(const LinearProblem<T>&, T* scratch, int rank, int size);
+template <class Problem, class T>
+struct ProductKernel {
+  int64_t (*scratch_elements)(const Problem&, int threads);
+  int64_t (*work_items)(const Problem&);  // threads beyond this many would idle
+  void (*run)(const Problem&, T* scratch, int rank, int size);
 };
 
 template <class T>
 struct TypeKernels {
   const CellKernels<T>* cells;  // in the registry's order
-  LinearKernel<T> linear;
+  ProductKernel<LinearProblem<T>, T> linear;
+  ProductKernel<OuterProblem<T>, T> outer;
 };
 
 struct IsaKernels {

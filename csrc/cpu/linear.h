@@ -33,10 +33,12 @@ struct Linear {
       const int64_t unit = panel * W::units;
       const W w{p.K, minimum(W::units, p.O - unit), scratch + rank * W::size(p.K, 1)};
       w.pack_rows(p.w + unit * p.K, p.K, p.b ? p.b + unit : nullptr, 0, 1);
-      run_product(w, p.a + rows.begin * p.K, p.K, rows.end - rows.begin, rows.end - rows.begin,
-                  {0, 1}, [&](int64_t m, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
-                    store(p.out + (rows.begin + m) * p.O + unit + u, Pack<T>::load(r), n);
-                  });
+      run_product(
+          w, p.a + rows.begin * p.K, p.K, rows.end - rows.begin, rows.end - rows.begin, {0, 1},
+          [&](int64_t m, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+            store(p.out + (rows.begin + m) * p.O + unit + u, Pack<T>::load(r), n);
+          },
+          FetchNothing{});
     }
   }
 };

@@ -64,16 +64,19 @@ struct Place {
   int barrier() const { return 1 + direction_group * row_groups + row_group; }
 };
 
-// One product over this thread's rows and panels; emit gets the sorted row.
-template <class T, int NG, class Emit>
+// One product over this thread's rows and panels; emit and fetch get the sorted row.
+template <class T, int NG, class Emit, class Fetch = FetchNothing>
 RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand, const Place& place,
-                              int64_t product_rows, int64_t rows, Emit&& emit) {
+                              int64_t product_rows, int64_t rows, Emit&& emit, Fetch&& fetch = {}) {
   const Range mine = part(w.panels(w.N), place.unit_group, place.unit_groups);
-  run_product(w, operand.row(place.row_group), operand.ld * place.row_groups,
-              place.rows(product_rows), place.rows(rows), mine,
-              [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
-                emit(place.sorted_row(m), u, lanes, r);
-              });
+  run_product(
+      w, operand.row(place.row_group), operand.ld * place.row_groups, place.rows(product_rows),
+      place.rows(rows), mine,
+      [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
+        emit(place.sorted_row(m), u, lanes, r);
+      },
+      [&](int64_t m, int64_t u, int64_t count)
+          RNNKERN_LAMBDA { fetch(place.sorted_row(m), u, count); });
 }
 
 template <class Cell, int phase>

@@ -139,6 +139,13 @@ RNNKERN_INLINE void store(T* p, Pack<T> a, int n) {
   }
 }
 
+// Asks for n elements ahead of their use.
+template <class T>
+RNNKERN_INLINE void prefetch(const T* p, int64_t n) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < n; i += line) __builtin_prefetch(p + i);
+}
+
 // The standard library's templates are not used in per-ISA files: their symbols are shared between
 // ISAs.
 RNNKERN_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -99,6 +99,8 @@ struct Weights {
           T* out = panel(p) + (NV + v) * L;
           const int64_t lanes = clamp(N - n0, 0, L);
           for (int64_t l = 0; l < L; ++l) {
+            // The next panel's, since no hardware follows this many rows at once.
+            if (n0 + l + units < N) prefetch(in + (l + units) * ldr + k0, k1 - k0);
             for (int64_t k = k0; k < k1; ++k)
               out[k * NV * L + l] = l < lanes ? in[l * ldr + k] : T(0);
           }
@@ -148,12 +150,18 @@ struct Weights {
   }
 };
 
+struct FetchNothing {
+  RNNKERN_INLINE void operator()(int64_t, int64_t, int64_t) const {}
+};
+
 // Runs one product for the panels in `mine` and the rows [0, rows) of `a`, and hands every finished
 // block of units to emit(row, unit, lanes, r): r[NG][L] holds the products of the `lanes` units
-// from `unit` on. Rows from product_rows on have no operand and are handed over as zero.
-template <class T, int NG, class Emit>
+// from `unit` on. Rows from product_rows on have no operand and are handed over as zero. Before a
+// product, fetch(row, unit, count) is called for the units that follow from it.
+template <class T, int NG, class Emit, class Fetch>
 RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda,
-                                int64_t product_rows, int64_t rows, Range mine, Emit&& emit) {
+                                int64_t product_rows, int64_t rows, Range mine, Emit&& emit,
+                                Fetch&& fetch) {
   using W = Weights<T, NG>;
   alignas(64) T out[W::MR * W::NV * W::L];
   const int64_t tiles = (rows + W::MR - 1) / W::MR;
@@ -161,6 +169,8 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = part(rows, tile, tiles).begin, end = part(rows, tile, tiles).end;
       const int64_t product_end = clamp(product_rows, begin, end);
+      const int64_t unit = p * W::units, count = minimum(W::units, w.N - unit);
+      for (int64_t m = begin; m < end; ++m) fetch(m, unit, count);
       if (product_end > begin) w.multiply(a + begin * lda, lda, product_end - begin, p, out);
       if (product_end < end) {
         std::memset(out + (product_end - begin) * W::NV * W::L, 0,
@@ -168,10 +178,10 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
       }
       for (int64_t m = begin; m < end; ++m) {
         for (int block = 0; block < W::NU; ++block) {
-          const int64_t unit = p * W::units + block * W::L;
-          if (unit >= w.N) break;
-          const int lanes = static_cast<int>(minimum(W::L, w.N - unit));
-          emit(m, unit, lanes, out + ((m - begin) * W::NV + block * NG) * W::L);
+          const int64_t u = unit + block * W::L;
+          if (u >= w.N) break;
+          const int lanes = static_cast<int>(minimum(W::L, w.N - u));
+          emit(m, u, lanes, out + ((m - begin) * W::NV + block * NG) * W::L);
         }
       }
     }

@@ -31,5 +31,9 @@ plan_float64 = plan_float32
 def linear_float32(
     threads: int, N: int, K: int, O: int, a: int, w: int, b: int, out: int
 ) -> None: ...
+def outer_float32(
+    threads: int, N: int, O: int, a: int, lda: int, sum: int, factors: tuple[Any, ...]
+) -> None: ...
 
 linear_float64 = linear_float32
+outer_float64 = outer_float32

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnkern.arguments import DIFFERENTIABLE, BackwardInputs, LayerInputs, Sizes, sizes_of
+from rnnkern.arguments import (
+    DIFFERENTIABLE,
+    POSITIONS,
+    BackwardInputs,
+    LayerInputs,
+    Sizes,
+    sizes_of,
+)
 from rnnkern.cells import Cell
 
 STEERING = ("batch_sizes", "order", "lengths", "resets")
@@ -38,20 +45,23 @@ def check_layer(a: LayerInputs, cell: Cell) -> Sizes:
     _shape("reset_c", a.reset_c, (s.D, s.B, s.H))
     if a.input.dtype not in KERNEL_DTYPES:
         raise ValueError(f"input: expected one of {KERNEL_DTYPES}, got {a.input.dtype}")
-    for name in DIFFERENTIABLE:
-        _type(name, getattr(a, name), a.input.dtype)
+    for i in POSITIONS:
+        t = a[i]
+        if t is not None and t.dtype != a.input.dtype:
+            raise ValueError(f"{LayerInputs._fields[i]}: expected {a.input.dtype}, got {t.dtype}")
     check_devices(a)
     return s
 
 
 def check_devices(a: LayerInputs, g: BackwardInputs | None = None) -> None:
     """Check that the data lies on one device; what only steers may lie on any that has values."""
-    named = a._asdict() if g is None else {**a._asdict(), **g._asdict()}
-    for name, t in named.items():
-        if not isinstance(t, Tensor) or t.device == a.input.device:
-            continue
-        if name not in STEERING or t.device.type == "meta":
-            raise ValueError(f"{name}: expected a tensor on {a.input.device}, got {t.device}")
+    device = a.input.device
+    for group in (a,) if g is None else (a, g):
+        for name, t in zip(group._fields, group, strict=True):
+            if not isinstance(t, Tensor) or t.device == device:
+                continue
+            if name not in STEERING or t.device.type == "meta":
+                raise ValueError(f"{name}: expected a tensor on {device}, got {t.device}")
 
 
 def check_backward(cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs) -> None:
@@ -60,7 +70,8 @@ def check_backward(cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs) -> N
     for name, width in (("gates", 0), ("h_prev", s.P), ("saved", cell.saved * s.H)):
         t = getattr(g, name)
         _shape(name, t, (s.D, s.N, width) if width or name == "saved" else (s.N, s.D * s.G * s.H))
-        _type(name, t, computed)
+        if t.dtype != computed:
+            raise ValueError(f"{name}: expected {computed}, got {t.dtype}")
         if not t.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor")
     rows = (s.N,) if a.batch_sizes is not None else (s.T, s.B)
@@ -145,8 +156,3 @@ def _rank(name: str, t: Tensor | None, rank: int) -> None:
 def _shape(name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
     if t is not None and t.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
-
-
-def _type(name: str, t: Tensor | None, dtype: torch.dtype) -> None:
-    if t is not None and t.dtype != dtype:
-        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")

@@ -18,7 +18,7 @@ from rnnkern.arguments import (
 )
 from rnnkern.cells import Cell, get_cell
 from rnnkern.checks import check_backward, check_layer, check_lengths, check_resets, integers
-from rnnkern.gemm import linear
+from rnnkern.gemm import linear, outer
 
 
 def _address(t: Tensor | None) -> int:
@@ -74,14 +74,19 @@ def _steps(a: LayerInputs, s: Sizes) -> _Steps:
     return _Steps(native, (active, order, offset, resets), padding)
 
 
+def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``t.to(dtype)``, without its overhead where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _computed(a: LayerInputs) -> LayerInputs:
     """Return the inputs contiguous and in the type the kernel computes in: float32, or float64."""
     dtype = torch.float64 if a.input.dtype == torch.float64 else torch.float32
     values: list[Any] = list(a)
     for i in POSITIONS:
         if values[i] is not None:
-            values[i] = values[i].to(dtype).contiguous()
-    return LayerInputs(*values)
+            values[i] = _converted(values[i], dtype).contiguous()
+    return LayerInputs._make(values)
 
 
 def _joined(a: LayerInputs) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +148,8 @@ def layer(*args: Any) -> tuple[Tensor, ...]:
         run = _cpu.forward_float64 if x.dtype == torch.float64 else _cpu.forward_float32
         run(cell.index, torch.get_num_threads(), steps.native, sizes, save, directions)
     gates = x if save else x.new_empty(0)
-    return y.to(dtype), hn.to(dtype), cn.to(dtype), gates, h_prev, saved
+    y, hn, cn = (_converted(t, dtype) for t in (y, hn, cn))
+    return y, hn, cn, gates, h_prev, saved
 
 
 def layer_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -168,7 +174,7 @@ def layer_backward(*args: Any) -> tuple[Tensor, ...]:
         "reset_h": None if a.reset_h is None else torch.zeros_like(a.reset_h),
         "reset_c": None if a.reset_c is None else torch.zeros_like(a.reset_c),
     }
-    dy, dhn, dcn = (None if t is None else t.to(dx.dtype) for t in (g.dy, g.dhn, g.dcn))
+    dy, dhn, dcn = (None if t is None else _converted(t, dx.dtype) for t in (g.dy, g.dhn, g.dcn))
     y_rows = (s.B, 1)
     if dy is not None:
         dy, y_rows = (dy.contiguous(), y_rows) if a.batch_sizes is not None else _rows(dy)
@@ -202,9 +208,10 @@ def layer_backward(*args: Any) -> tuple[Tensor, ...]:
     for d in range(s.D):
         suffix = "_reverse" if d else ""
         out |= _weight_gradients(a, g, cell, s, d, suffix, input, dx, extra, dh, wanted)
-    nothing = dx.new_empty(0)
-    results = (out.get(name) if wanted[name] else None for name in DIFFERENTIABLE)
-    return tuple((nothing.clone() if t is None else t).to(dtype) for t in results)
+    results = (out.get(name) if on else None for name, on in wanted.items())
+    return tuple(
+        torch.empty(0, dtype=dtype) if t is None else _converted(t, dtype) for t in results
+    )
 
 
 def _weight_gradients(
@@ -220,30 +227,38 @@ def _weight_gradients(
     dh: Tensor | None,
     wanted: dict[str, bool],
 ) -> dict[str, Tensor | None]:
-    """Return the weight gradients of direction `d`, each one GEMM (or sum) over all data rows."""
+    """Return the weight gradients of direction `d`, each one sum over all data rows."""
     out: dict[str, Tensor | None] = {}
-    dx_d, split = dx[d], cell.last_phase * s.H
+    dx_d, h_prev, gates = dx[d], g.h_prev[d], s.G * s.H
+    whole: list[tuple[Tensor, Tensor]] = []  # the products that every column of dx takes part in
     if wanted["w_ih" + suffix]:
-        out["w_ih" + suffix] = linear(dx_d.t(), input.t())
+        out["w_ih" + suffix] = dw = dx.new_empty(gates, s.I)
+        whole.append((input, dw))
     if wanted["w_hh" + suffix]:
+        out["w_hh" + suffix] = dr = dx.new_empty(gates, s.P)
         if cell.extra == "recurrent_gradient" and extra is not None:
-            split = (s.G - 1) * s.H
-            rows = [(dx_d[:, :split], g.h_prev[d]), (extra[d], g.h_prev[d])]
+            last = gates - s.H  # the last gate has a gradient of its own
+            outer(dx_d[:, :last], [(h_prev, dr[:last])])
+            outer(extra[d], [(h_prev, dr[last:])])
         elif cell.extra == "operand" and extra is not None:
-            rows = [(dx_d[:, :split], g.h_prev[d]), (dx_d[:, split:], extra[d])]
+            last = cell.last_phase * s.H  # the last phase has an operand of its own
+            outer(dx_d[:, :last], [(h_prev, dr[:last])])
+            outer(dx_d[:, last:], [(extra[d], dr[last:])])
         else:
-            rows = [(dx_d, g.h_prev[d])]
-        parts = [linear(dr.t(), operand.t()) for dr, operand in rows]
-        out["w_hh" + suffix] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if wanted["b_ih" + suffix] or wanted["b_hh" + suffix]:
-        db = dx_d.sum(0)
+            whole.append((h_prev, dr))
+    biases = wanted["b_ih" + suffix] or wanted["b_hh" + suffix]
+    db = dx.new_empty(gates) if biases else None
+    if whole or db is not None:
+        outer(dx_d, whole, db)
+    if db is not None:
         out["b_ih" + suffix] = db
         if cell.extra == "recurrent_gradient" and extra is not None:
-            out["b_hh" + suffix] = torch.cat((db[: (s.G - 1) * s.H], extra[d].sum(0)))
+            out["b_hh" + suffix] = torch.cat((db[: gates - s.H], extra[d].sum(0)))
         else:
             out["b_hh" + suffix] = db.clone()
     if wanted["w_hr" + suffix] and dh is not None and extra is not None:
-        out["w_hr" + suffix] = linear(dh[d].t(), extra[d].t())
+        out["w_hr" + suffix] = dw_hr = dx.new_empty(s.P, s.H)
+        outer(dh[d], [(extra[d], dw_hr)])
     return out
 
 

@@ -9,17 +9,17 @@ go to the native core. ``docs/performance.md`` has the numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rnnkern._native import _cpu
 
-__all__ = ["linear"]
+__all__ = ["linear", "outer"]
 
 # Elements of w: packing fewer costs the native product less than the call of oneDNN.
 _SMALL = 1 << 15
-# Length of the sums from which the order of the factors matters to oneDNN.
-_DEEP = 1 << 8
 # Length of a sum up to which the number of threads leaves oneDNN's results alone, in general and
 # for products of fewer than eight rows.
 _PIECE = 1 << 12
@@ -54,9 +54,6 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """
     (N, K), O = a.shape, w.shape[0]
     if _ONEDNN and a.dtype == torch.float32 and K * O > _SMALL:
-        if K > _DEEP and O < N and b is None and not a.is_contiguous():
-            # A weight gradient, dxᵀ·input: oneDNN prefers the wide factor in second place.
-            return _onednn(w, a, None).t().contiguous()
         return _onednn(a, w, b)
     out = a.new_empty(N, O)
     if N > 0:
@@ -65,6 +62,32 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         bias = 0 if b is None else b.data_ptr()
         run(torch.get_num_threads(), N, K, O, a.data_ptr(), w.data_ptr(), bias, out.data_ptr())
     return out
+
+
+def outer(a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None) -> None:
+    """Write aᵀ·b, the sum of the outer products of their rows, for up to two factors b, on the CPU.
+
+    Parameters
+    ----------
+    a : Tensor
+        [N,O], dense within a row; float32 or float64.
+    factors : sequence of (Tensor, Tensor)
+        b [N,I], dense within a row, and the output [O,I], contiguous.
+    sum : Tensor or None
+        [O], set to the sum of a's rows.
+    """
+    N, O = a.shape
+    if N == 0:
+        for t in (*(out for _, out in factors), sum):
+            if t is not None:
+                t.zero_()
+    elif O > 0:
+        run = _cpu.outer_float64 if a.dtype == torch.float64 else _cpu.outer_float32
+        addresses = tuple(
+            (b.shape[1], b.data_ptr(), b.stride(0), out.data_ptr()) for b, out in factors
+        )
+        total = 0 if sum is None else sum.data_ptr()
+        run(torch.get_num_threads(), N, O, a.data_ptr(), a.stride(0), total, addresses)
 
 
 def _onednn(a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

@@ -112,9 +112,14 @@ def run(
 
     Raises
     ------
+    TypeError
+        If lengths or resets are not tensors.
     ValueError
         If lengths, resets or reset states do not fit the input.
     """
+    for name, t in (("lengths", lengths), ("resets", resets)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     packed = input if isinstance(input, PackedSequence) else None
     data = input.data if isinstance(input, PackedSequence) else input
     batch_first = structure.batch_first and packed is None

@@ -110,7 +110,7 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = _below_autograd(keyset, args)
+        output = _below_autograd(torch.ops.rnnkern.layer.default, keyset, args)
         _layer_setup(ctx, args, output)
         return output
 
@@ -119,11 +119,9 @@ class _LayerFunction(torch.autograd.Function):
         return None, *_layer_gradients(ctx, *gradients)
 
 
-def _below_autograd(keyset: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        output: tuple[Tensor, ...] = torch.ops.rnnkern.layer.default.redispatch(
-            keyset & torch._C._after_autograd_keyset, *args
-        )
+        output: tuple[Tensor, ...] = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
     return output
 
 
@@ -131,16 +129,16 @@ def _layer_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         outputs: tuple[Tensor, ...] = _LayerFunction.apply(keyset, *args)  # type: ignore[no-untyped-call]
         return outputs
-    return _below_autograd(keyset, args)
+    return _below_autograd(torch.ops.rnnkern.layer.default, keyset, args)
 
 
-def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _layer_backward_setup(ctx: Any, inputs: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.fixed = (inputs[0], inputs[LAYER_FIELDS - 1], list(inputs[-1]))
     ctx.save_for_backward(*inputs[1 : LAYER_FIELDS - 1], *inputs[-4:-1])
 
 
-def _layer_backward_autograd(ctx: Any, *gradients: Tensor | None) -> Any:
+def _layer_backward_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate the gradient of the reference (double backward)."""
     cell, batch_first, mask = ctx.fixed
     create_graph = torch.is_grad_enabled()
@@ -176,7 +174,7 @@ def _layer_backward_autograd(ctx: Any, *gradients: Tensor | None) -> Any:
         sources = [
             (i, t)
             for i, t in enumerate([*a, None, None, None, dy, dhn, dcn])
-            if isinstance(t, Tensor) and t.requires_grad and ctx.needs_input_grad[i]
+            if isinstance(t, Tensor) and t.requires_grad and ctx.needs_input_grad[i + 1]
         ]
         values: Sequence[Tensor | None] = [None] * len(sources)
         if second and sources:
@@ -191,6 +189,27 @@ def _layer_backward_autograd(ctx: Any, *gradients: Tensor | None) -> Any:
     for (i, _), value in zip(sources, values, strict=True):
         grads[i] = value
     return tuple(grads)
+
+
+class _LayerBackwardFunction(torch.autograd.Function):
+    """The like of :class:`_LayerFunction` for the two functions above."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        output = _below_autograd(torch.ops.rnnkern.layer_backward.default, keyset, args)
+        _layer_backward_setup(ctx, args)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return None, *_layer_backward_gradients(ctx, *gradients)
+
+
+def _layer_backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        outputs: tuple[Tensor, ...] = _LayerBackwardFunction.apply(keyset, *args)  # type: ignore[no-untyped-call]
+        return outputs
+    return _below_autograd(torch.ops.rnnkern.layer_backward.default, keyset, args)
 
 
 def reference_layer(a: LayerInputs) -> tuple[Tensor, ...]:
@@ -217,9 +236,4 @@ _LIBRARY.impl("layer_backward", cpu.layer_backward, "CPU")
 torch.library.register_fake("rnnkern::layer", _layer_fake, lib=_LIBRARY)
 torch.library.register_fake("rnnkern::layer_backward", _layer_backward_fake, lib=_LIBRARY)
 _LIBRARY.impl("layer", _layer_autograd, "Autograd", with_keyset=True)
-torch.library.register_autograd(
-    "rnnkern::layer_backward",
-    _layer_backward_autograd,
-    setup_context=_layer_backward_setup,
-    lib=_LIBRARY,
-)
+_LIBRARY.impl("layer_backward", _layer_backward_autograd, "Autograd", with_keyset=True)
