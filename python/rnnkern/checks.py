@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rnnkern.arguments import (
     DIFFERENTIABLE,
-    POSITIONS,
     BackwardInputs,
     LayerInputs,
     Sizes,
@@ -45,10 +44,10 @@ def check_layer(a: LayerInputs, cell: Cell) -> Sizes:
     _shape("reset_c", a.reset_c, (s.D, s.B, s.H))
     if a.input.dtype not in KERNEL_DTYPES:
         raise ValueError(f"input: expected one of {KERNEL_DTYPES}, got {a.input.dtype}")
-    for i in POSITIONS:
-        t = a[i]
+    for name in DIFFERENTIABLE:
+        t = getattr(a, name)
         if t is not None and t.dtype != a.input.dtype:
-            raise ValueError(f"{LayerInputs._fields[i]}: expected {a.input.dtype}, got {t.dtype}")
+            raise ValueError(f"{name}: expected {a.input.dtype}, got {t.dtype}")
     check_devices(a)
     return s
 
