@@ -215,11 +215,18 @@ def test_functional_form() -> None:
         ("b_hh", (x, [*good[:3], good[3][1:]]), {}),
         ("w_ih", (x, [t.double() for t in good]), {}),
         ("w_hh", (x, [good[0], good[1].half(), *good[2:]]), {}),
-        ("h0|states|input", (x, good, state[:, :2]), {}),
-        ("h0|states|w_", (x, good, state[:, :, :2]), {}),
-        ("h0|states", (x, good, state.double()), {}),
-        ("h0|states", (x, good, torch.zeros(2, B, H)), {}),
-        ("h0|states", (x, good, state[0]), {}),
+        ("w_hh", (x, [good[0], good[1][:, :0], *good[2:]]), {}),
+        (r"weights\[3\]", (x, [*good[:3], None]), {}),
+        (r"weights\[0\]", (x, [good[0].numpy(), *good[1:]]), {}),
+        ("input", (x.numpy(), good), {}),
+        ("states", (x, good, state[:, :2]), {}),
+        ("states", (x, good, state[:, :, :2]), {}),
+        ("states", (x, good, state.double()), {}),
+        ("states", (x, good, torch.zeros(2, B, H)), {}),
+        ("states", (x, good, state[0]), {}),
+        ("states", (x[:, 0], good, state), {}),
+        ("num_layers", (x, good), {"num_layers": 1.0}),
+        ("dropout", (x, good), {"dropout": "a"}),
     ]
     for match, arguments, options in wrong:
         with pytest.raises(CLEAR, match=match):

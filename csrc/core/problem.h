@@ -10,9 +10,13 @@
 //   sorted position j  ->  batch row b = order[j]
 //   padded data        ->  data row t * stride_t + b * stride_b   (batch_first: strides 1, T)
 //   packed data        ->  data row offset[t] + j
+// The CUDA backend may not look at lengths that lie on the device, so it cannot sort by them. There
+// padded rows keep the batch's order, and row j runs the steps t < lengths[j].
 #pragma once
 
 #include <cstdint>
+
+#include "core/host_device.h"
 
 namespace rnnkern {
 
@@ -27,18 +31,19 @@ struct Rows {
 struct Sequence {
   int64_t T;
   int64_t B;
-  const int64_t* active;  // [T], never increasing; null: all B rows run at every step
-  const int64_t* order;   // [B], batch row at a sorted position; null: the identity
-  const int64_t* offset;  // [T], first row of step t in packed data; null: padded data
-  const uint8_t* resets;  // bool, step t starts a new segment of row b; or null
-  Rows resets_rows;       // element (t, b) of resets is at t * stride_t + b * stride_b
+  const int64_t* active;   // [T], never increasing; null: all B rows run at every step
+  const int64_t* order;    // [B], batch row at a sorted position; null: the identity
+  const int64_t* offset;   // [T], first row of step t in packed data; null: padded data
+  const uint8_t* resets;   // bool, step t starts a new segment of row b; or null
+  Rows resets_rows;        // element (t, b) of resets is at t * stride_t + b * stride_b
+  const int64_t* lengths;  // [B], steps of each padded row (CUDA only); null: see active
 
   int64_t rows_at(int64_t t) const { return active ? active[t] : B; }
-  int64_t batch_row(int64_t j) const { return order ? order[j] : j; }
+  RNNKERN_HD int64_t batch_row(int64_t j) const { return order ? order[j] : j; }
   int64_t data_row(const Rows& rows, int64_t t, int64_t j) const {
     return offset ? offset[t] + j : t * rows.stride_t + batch_row(j) * rows.stride_b;
   }
-  bool reset_at(int64_t t, int64_t j) const {
+  RNNKERN_HD bool reset_at(int64_t t, int64_t j) const {
     return resets && resets[t * resets_rows.stride_t + batch_row(j) * resets_rows.stride_b];
   }
 };
@@ -68,7 +73,8 @@ struct ForwardProblem {
   ForwardDirection<T> dir[kMaxDirections];
 };
 
-template <class T>
+// A is the type that sums over steps are kept in: T, or float for 16-bit data.
+template <class T, class A = T>
 struct BackwardDirection {
   bool reverse;
   const T* R;                   // [G,H,P]
@@ -82,15 +88,15 @@ struct BackwardDirection {
   T* extra;                     // [N,H] out (see Extra), or null
   T* dh;                        // [N,P] out with a projection: the whole gradient of h; else null
   T* dinitial[kMaxStates];      // dh0 [B,P], dc0 [B,H] out
-  T* dreset[kMaxStates];        // [B,P], [B,H], added to; or null: dropped
+  A* dreset[kMaxStates];        // [B,P], [B,H], added to; or null: dropped
 };
 
-template <class T>
+template <class T, class A = T>
 struct BackwardProblem {
   Sequence seq;
   int64_t H, P, D;
   Rows x_rows, y_rows;  // rows of gates, h_prev, saved and every output; rows of dy
-  BackwardDirection<T> dir[kMaxDirections];
+  BackwardDirection<T, A> dir[kMaxDirections];
 };
 
 // out = a·wᵀ + b

@@ -9,6 +9,7 @@ enum class Status {
   out_of_memory,  // the scratch buffers could not be allocated
   unknown_cell,   // no cell of that name in cells/registry.h
   bad_problem,    // sizes or pointers that no caller in Python can produce
+  device_error,   // CUDA refused a call; see cuda_error()
 };
 
 }  // namespace rnnkern

@@ -68,8 +68,10 @@ void Barrier::wait() {
 
 void allow_oversubscription(bool allow) { oversubscribing.store(allow, std::memory_order_relaxed); }
 
+bool in_forked_child() { return forked_child.load(std::memory_order_relaxed); }
+
 int usable_threads(int requested) {
-  if (forked_child.load(std::memory_order_relaxed)) return 1;
+  if (in_forked_child()) return 1;
   int cpus = requested;
 #if defined(_OPENMP)
   // Not sched_getaffinity: with OMP_PROC_BIND the calling thread is bound to one CPU.

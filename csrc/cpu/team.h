@@ -24,6 +24,9 @@ class Barrier {
   int members_;
 };
 
+// Whether this process is a forked child, which has none of its parent's OpenMP threads.
+bool in_forked_child();
+
 // The most threads a call should use now: `requested`, at most the CPUs this process may run on
 // (unless that is lifted, as the tests do), and one in a forked child.
 int usable_threads(int requested);

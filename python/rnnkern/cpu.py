@@ -70,7 +70,7 @@ def _steps(a: LayerInputs, s: Sizes) -> _Steps:
         strides = list(resets.stride())
         if a.batch_first:
             strides.reverse()
-    native = (s.T, s.B, *map(_address, (active, order, offset, resets)), *strides)
+    native = (s.T, s.B, *map(_address, (active, order, offset, resets)), *strides, 0)
     return _Steps(native, (active, order, offset, resets), padding)
 
 

@@ -98,6 +98,7 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
         batch_first = module.batch_first
     elif isinstance(module, _Cell):
         name, D, P, batch_first = module._cell_name(), 1, 0, False
+        module._check_input(input)  # type: ignore[arg-type]
     else:
         raise TypeError(f"module: expected one of rnnkern's modules, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input

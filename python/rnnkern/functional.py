@@ -72,38 +72,27 @@ def recurrent(
         If the cell is unknown, the weights do not form a stack, or a tensor does not fit; the
         message names the argument, what was expected and what came.
     """
-    info = get_cell(cell)
-    directions = num_layers * (2 if bidirectional else 1)
-    if num_layers < 1:
-        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
-    plain = 2 + 2 * bias
-    counts = (
-        (directions * plain, directions * (plain + 1)) if info.projects else (directions * plain,)
-    )
-    if len(weights) not in counts:
-        raise ValueError(
-            f"weights: expected {' or '.join(map(str, counts))} tensors for {num_layers} layer(s),"
-            f" bias={bias}, bidirectional={bidirectional}, got {len(weights)}"
-        )
-    structure = Structure(
-        info, num_layers, bias, bidirectional, len(weights) != directions * plain, batch_first
-    )
-    if any(w.dim() != 2 for w in weights[:2]):
-        raise ValueError("weights: expected matrices w_ih and w_hh in front")
-    rank = input.data.dim() if isinstance(input, PackedSequence) else input.dim()
-    if rank not in ((2,) if isinstance(input, PackedSequence) else (2, 3)):
-        raise ValueError(f"input: expected 2 or 3 dimensions, got {rank}")
+    structure = _structure(cell, weights, num_layers, bias, bidirectional, batch_first, dropout)
+    packed = isinstance(input, PackedSequence)
+    if not packed and not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor or a PackedSequence, got {type(input).__name__}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    if data.dim() not in ((2,) if packed else (2, 3)):
+        raise ValueError(f"input: expected 2 or 3 dimensions, got {data.dim()}")
+    _check_weights(structure, weights, data)
+    unbatched = not packed and data.dim() == 2
+    if isinstance(input, PackedSequence):
+        B = int(input.batch_sizes[0])
+    else:
+        B = 1 if unbatched else data.shape[0 if batch_first else 1]
     if states is not None:
-        if len(states) != info.states:
-            raise ValueError(f"states: {cell} has {info.states} state(s), got {len(states)}")
+        shapes = layers.state_shapes(structure, weights, B, unbatched)
+        layers.check_states("states", _tensors("states", states), shapes)
         for state in states:
-            if state.dim() == 0 or state.shape[0] != directions:
-                raise ValueError(
-                    f"states: expected {directions} (layers times directions) in the first"
-                    f" dimension, got {list(state.shape)}"
-                )
+            if state.dtype != data.dtype and not layers.autocasts(data):
+                raise ValueError(f"states: expected {data.dtype}, got {state.dtype}")
+    if reset_states is not None:
+        _tensors("reset_states", reset_states)
     return layers.run(  # type: ignore[return-value]
         structure,
         input,
@@ -115,6 +104,70 @@ def recurrent(
         resets=resets,
         reset_states=reset_states,
     )
+
+
+def _tensors(name: str, values: Sequence[Tensor]) -> States:
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a tensor, got {type(value).__name__}")
+    return tuple(values)
+
+
+def _structure(
+    cell: str,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bias: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+) -> Structure:
+    info = get_cell(cell)
+    if not isinstance(num_layers, int):
+        raise TypeError(f"num_layers: expected an integer, got {type(num_layers).__name__}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    if not isinstance(dropout, int | float):
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+    directions = num_layers * (2 if bidirectional else 1)
+    plain = 2 + 2 * bias
+    counts = (
+        (directions * plain, directions * (plain + 1)) if info.projects else (directions * plain,)
+    )
+    if len(weights) not in counts:
+        raise ValueError(
+            f"weights: expected {' or '.join(map(str, counts))} tensors for {num_layers} layer(s),"
+            f" bias={bias}, bidirectional={bidirectional}, got {len(weights)}"
+        )
+    projection = len(weights) != directions * plain
+    return Structure(info, num_layers, bias, bidirectional, projection, batch_first)
+
+
+def _check_weights(structure: Structure, weights: Sequence[Tensor], data: Tensor) -> None:
+    """Check all weights against what the first w_hh (and w_hr) and the input imply."""
+    _tensors("weights", weights)
+    count, D = structure.weights_per_direction, structure.directions
+    w_hh, last = weights[1], weights[count - 1]
+    G = structure.cell.gates
+    if w_hh.dim() != 2 or w_hh.shape[0] % G != 0 or w_hh.shape[0] == 0:
+        raise ValueError(
+            f"weights[1]: expected w_hh, {G} gates by hidden units, got {list(w_hh.shape)}"
+        )
+    H = w_hh.shape[0] // G
+    P = last.shape[0] if structure.projection and last.dim() == 2 else H
+    names = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if structure.bias else []), "w_hr"]
+    for i, w in enumerate(weights):
+        below = data.shape[-1] if i < D * count else D * P
+        name = names[i % count]
+        expected = {"w_ih": [G * H, below], "w_hh": [G * H, P], "w_hr": [P, H]}.get(name, [G * H])
+        if list(w.shape) != expected:
+            raise ValueError(
+                f"weights[{i}] ({name}): expected shape {expected}, got {list(w.shape)}"
+            )
+        if w.dtype != data.dtype and not layers.autocasts(data):
+            raise ValueError(f"weights[{i}] ({name}): expected {data.dtype}, got {w.dtype}")
 
 
 def lstm(

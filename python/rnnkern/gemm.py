@@ -3,8 +3,9 @@
 Large float32 products go to oneDNN, through the operator torch's own compiler uses for
 ``nn.Linear``. What ``torch.mm`` calls on x86, MKL, keeps AVX-512 off on CPUs that are not Intel's,
 and chooses its blocking by the number of threads, so that the last bits of a result change with it.
-Small products, where oneDNN's call costs more than the work, and float64, which it does not have,
-go to the native core. ``docs/performance.md`` has the numbers.
+Small products, where oneDNN's call costs more than the work, float64, which it does not have, and
+those of a forked child, where oneDNN would wait for threads that stayed in the parent, go to the
+native core. ``docs/performance.md`` has the numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         [N,O], contiguous.
     """
     (N, K), O = a.shape, w.shape[0]
-    if _ONEDNN and a.dtype == torch.float32 and K * O > _SMALL:
+    large = a.dtype == torch.float32 and K * O > _SMALL
+    if _ONEDNN and large and not _cpu.in_forked_child():
         return _onednn(a, w, b)
     out = a.new_empty(N, O)
     if N > 0:

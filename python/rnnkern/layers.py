@@ -21,6 +21,18 @@ from rnnkern.checks import KERNEL_DTYPES, check_lengths, check_resets
 from rnnkern.ops import reference_layer
 
 States = tuple[Tensor, ...]
+# What torch calls its types in its own messages.
+_SCALAR_NAMES = {
+    torch.float64: "Double",
+    torch.float32: "Float",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
+    torch.int64: "Long",
+    torch.int32: "Int",
+    torch.bool: "Bool",
+}
 Direction = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None"]
 
 
@@ -133,7 +145,6 @@ def run(
             )
         data = data.unsqueeze(0 if batch_first else 1)
         states = None if states is None else tuple(s.unsqueeze(1) for s in states)
-        reset_states = None if reset_states is None else tuple(s.unsqueeze(1) for s in reset_states)
         if resets is not None:
             if resets.shape != (data.shape[1 if batch_first else 0],):
                 raise ValueError(
@@ -153,9 +164,12 @@ def run(
     else:
         B = data.shape[0 if batch_first else 1]
     if states is None:
-        states = _zero_states(structure, data, weights, B)
+        shapes = state_shapes(structure, weights, B, False)
+        states = tuple(data.new_zeros(shape) for shape in shapes)
     if reset_states is not None:
-        _check_states("reset_state", reset_states, states)
+        check_states("reset_state", reset_states, state_shapes(structure, weights, B, unbatched))
+        if unbatched:
+            reset_states = tuple(s.unsqueeze(1) for s in reset_states)
     _check_devices(data, weights, states, resets, reset_states)
     y, finals = _stack(
         structure,
@@ -181,20 +195,24 @@ def run(
     return y, finals
 
 
-def _zero_states(structure: Structure, data: Tensor, weights: Sequence[Tensor], B: int) -> States:
+def state_shapes(
+    structure: Structure, weights: Sequence[Tensor], B: int, unbatched: bool
+) -> list[tuple[int, ...]]:
+    """Return the shapes of the states of the whole stack."""
     rows = structure.num_layers * structure.directions
     P = weights[1].shape[1]
     H = weights[1].shape[0] // structure.cell.gates
     widths = (P, H)[: structure.cell.states]
-    return tuple(data.new_zeros(rows, B, width) for width in widths)
+    return [(rows, width) if unbatched else (rows, B, width) for width in widths]
 
 
-def _check_states(name: str, given: States, states: States) -> None:
-    if len(given) != len(states):
-        raise ValueError(f"{name}: expected {len(states)} state(s), got {len(given)}")
-    for g, s in zip(given, states, strict=True):
-        if g.shape != s.shape:
-            raise ValueError(f"{name}: expected shape {list(s.shape)}, got {list(g.shape)}")
+def check_states(name: str, given: States, shapes: list[tuple[int, ...]]) -> None:
+    """Raise ValueError unless there is one state for each shape."""
+    if len(given) != len(shapes):
+        raise ValueError(f"{name}: expected {len(shapes)} state(s), got {len(given)}")
+    for g, shape in zip(given, shapes, strict=True):
+        if g.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(g.shape)}")
 
 
 def _check_devices(
@@ -222,6 +240,28 @@ def _check_devices(
         raise ValueError(f"resets: expected dtype torch.bool, got {resets.dtype}")
 
 
+def _check_dtypes(
+    data: Tensor, states: States, weights: Sequence[Tensor], reset_states: States | None
+) -> None:
+    """Raise what torch's products raise for factors of different types."""
+    first = weights[0].dtype
+    for t in (data, *states):
+        if t.dtype != first:
+            given, wanted = _SCALAR_NAMES.get(t.dtype, t.dtype), _SCALAR_NAMES.get(first, first)
+            raise RuntimeError(
+                f"mat1 and mat2 must have the same dtype, but got {given} and {wanted}"
+            )
+    for w in weights:
+        if w.dtype != first:
+            given, wanted = _SCALAR_NAMES.get(first, first), _SCALAR_NAMES.get(w.dtype, w.dtype)
+            raise RuntimeError(
+                f"self and mat2 must have the same dtype, but got {given} and {wanted}"
+            )
+    for t in reset_states or ():
+        if t.dtype != first:
+            raise RuntimeError(f"reset_state: expected {first}, got {t.dtype}")
+
+
 def _stack(
     structure: Structure,
     data: Tensor,
@@ -245,6 +285,8 @@ def _stack(
         states, rest = tuple(rest[: len(states)]), rest[len(states) :]
         weights, rest = rest[: len(weights)], rest[len(weights) :]
         reset_states = None if reset_states is None else tuple(rest)
+    else:
+        _check_dtypes(data, states, weights, reset_states)
     D, count = structure.directions, structure.weights_per_direction
     batch_first = structure.batch_first and packed is None
     finals: list[States] = []

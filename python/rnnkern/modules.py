@@ -251,8 +251,7 @@ class _Cell(nn.RNNCellBase):
 
     def _step(self, input: Tensor, hx: Any) -> States:
         name, cell = type(self).__name__, get_cell(self._cell_name())
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        self._check_input(input)
         unbatched = input.dim() == 1
         states = None if hx is None else self._as_states(name, hx, unbatched)
         x = input.unsqueeze(0) if unbatched else input
@@ -274,6 +273,11 @@ class _Cell(nn.RNNCellBase):
         )
         finals = tuple(s.squeeze(0) for s in finals)
         return tuple(s.squeeze(0) for s in finals) if unbatched else finals
+
+    def _check_input(self, input: Tensor) -> None:
+        if input.dim() not in (1, 2):
+            name = type(self).__name__
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
 
     def _as_states(self, name: str, hx: Any, unbatched: bool) -> States:
         if hx.dim() not in (1, 2):

@@ -211,6 +211,10 @@ FORK = """
 
     assert rnnkern.explain(module, x).threads > 1, rnnkern.explain(module, x)
     wanted = step()
+    large = rnnkern.GRU(128, 256)  # the products around it go to oneDNN, in the parent
+    several = torch.randn(10, 5, 128)
+    with torch.no_grad():
+        wanted_large = large(several)[0]
 """
 OS_FORK = """
     def child(depth):
@@ -219,6 +223,7 @@ OS_FORK = """
         torch.set_num_threads(4)  # the pool did not survive, whatever the child asks for
         assert rnnkern.explain(module, x).threads == 1
         with torch.no_grad():
+            torch.testing.assert_close(large(several)[0], wanted_large)
             torch.set_num_threads(1)
             assert torch.equal(module(x)[0], wanted[0])
         if depth:
