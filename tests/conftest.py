@@ -21,6 +21,7 @@ pytest.register_assert_rewrite("pairs", "tolerances")
 def pytest_configure(config: pytest.Config) -> None:
     """Silence what torch's own modules say about themselves; everything else stays visible."""
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported")
+    config.addinivalue_line("filterwarnings", "ignore:Warning only once for all operators")
 
 
 @pytest.fixture(autouse=True)

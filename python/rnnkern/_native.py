@@ -6,11 +6,14 @@ then share it instead of loading a second one.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from functools import lru_cache
+from typing import Any
 
 from rnnkern import _cpu
 
-__all__ = ["_cpu", "cuda_available", "isa", "select_isa", "supported_isas"]
+__all__ = ["_cpu", "cuda_module", "isa", "select_isa", "supported_isas"]
 
 
 def isa() -> str:
@@ -42,6 +45,15 @@ def allow_oversubscription(allow: bool) -> None:
     _cpu.allow_oversubscription(allow)
 
 
-def cuda_available() -> bool:
-    """Return whether this build carries the CUDA kernels."""
-    return importlib.util.find_spec("rnnkern._cuda") is not None
+@lru_cache
+def cuda_module() -> Any:
+    """Return the module of the CUDA kernels, or None if this build has none.
+
+    Raises
+    ------
+    ImportError
+        If there is one and it cannot be loaded.
+    """
+    if importlib.util.find_spec("rnnkern._cuda") is None:
+        return None
+    return importlib.import_module("rnnkern._cuda")

@@ -63,9 +63,10 @@ def check_devices(a: LayerInputs, g: BackwardInputs | None = None) -> None:
                 raise ValueError(f"{name}: expected a tensor on {device}, got {t.device}")
 
 
-def check_backward(cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs) -> None:
+def check_backward(
+    cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs, computed: torch.dtype
+) -> None:
     """Check the arguments of ``layer_backward`` beyond those of the layer."""
-    computed = torch.float64 if a.input.dtype == torch.float64 else torch.float32
     for name, width in (("gates", 0), ("h_prev", s.P), ("saved", cell.saved * s.H)):
         t = getattr(g, name)
         _shape(name, t, (s.D, s.N, width) if width or name == "saved" else (s.N, s.D * s.G * s.H))
@@ -82,6 +83,33 @@ def check_backward(cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs) -> N
         raise ValueError(
             f"output_mask: expected {len(DIFFERENTIABLE)} entries, got {len(g.output_mask)}"
         )
+
+
+def check_batch_sizes(batch_sizes: Tensor, s: Sizes) -> tuple[Tensor, Tensor]:
+    """Check a packed sequence's sizes; return the rows of each step, and its first row."""
+    active = integers("batch_sizes", batch_sizes, (s.T,))
+    offset = active.cumsum(0) - active
+    if (
+        int(active[0]) != s.B
+        or int(active[-1]) < 1
+        or int(offset[-1] + active[-1]) != s.N
+        or bool((active[1:] > active[:-1]).any())
+    ):
+        raise ValueError(
+            f"batch_sizes: expected {s.N} rows in steps that never grow from {s.B},"
+            f" got {active.tolist() if s.T <= 16 else f'{s.T} steps'}"
+        )
+    return active, offset
+
+
+def check_order(order: Tensor | None, s: Sizes) -> Tensor | None:
+    """Check the batch row at each sorted position of a packed sequence; return it on the CPU."""
+    if order is None:
+        return None
+    order = integers("order", order, (s.B,))
+    if not torch.equal(order.sort().values, torch.arange(s.B)):
+        raise ValueError(f"order: expected a permutation of {s.B} rows")
+    return order
 
 
 def check_resets(a: LayerInputs, s: Sizes) -> None:
@@ -104,11 +132,13 @@ def check_lengths(a: LayerInputs, s: Sizes) -> Tensor | None:
     return lengths if low < s.T else None
 
 
-def integers(name: str, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+def integers(
+    name: str, t: Tensor, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Tensor:
     """Return integers of any type, device and stride as the native core reads them."""
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.shape != shape:
         raise ValueError(f"{name}: expected integers {list(shape)}, got {t.dtype} {list(t.shape)}")
-    return t.to("cpu", torch.int64).contiguous()
+    return t.to(device, torch.int64, non_blocking=str(device) != "cpu").contiguous()
 
 
 def _ranks(a: LayerInputs) -> None:

@@ -103,7 +103,6 @@ def later(module: str) -> Callable[[argparse.Namespace], int]:
 def print_info(args: argparse.Namespace) -> int:
     """Print versions, instruction sets, threads and OpenMP runtimes, one a line; return 0."""
     native = importlib.import_module("rnnkern._native")
-    cuda = "rnnkern._cuda is built" if native.cuda_available() else "not built (no rnnkern._cuda)"
     pinned = os.environ.get("RNNKERN_ISA")
     rows = [
         ("rnnkern", rnnkern.__version__),
@@ -113,7 +112,7 @@ def print_info(args: argparse.Namespace) -> int:
         ("CPU", f"{machine.cpu_name()}, {machine.cpu_count()} for this process"),
         ("OpenMP", openmp_summary(machine.openmp_runtimes())),
         ("torch", torch.__version__),
-        ("CUDA", cuda),
+        ("CUDA", importlib.import_module("rnnkern.cuda").summary()),
         ("Python", platform.python_version()),
     ]
     for name, value in rows:

@@ -1,270 +1,68 @@
-"""The operators on the CPU: addresses for the native core, and the products around it."""
+"""The backend of the CPU; see ``csrc/cpu``."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rnnkern import gemm, kernels
 from rnnkern._native import _cpu
-from rnnkern.arguments import (
-    DIFFERENTIABLE,
-    POSITIONS,
-    BackwardInputs,
-    LayerInputs,
-    Sizes,
-    split,
-)
-from rnnkern.cells import Cell, get_cell
-from rnnkern.checks import check_backward, check_layer, check_lengths, check_resets, integers
-from rnnkern.gemm import linear, outer
+from rnnkern.arguments import LayerInputs, Sizes
+from rnnkern.cells import Cell
+from rnnkern.checks import check_batch_sizes, check_lengths, check_order, check_resets
+from rnnkern.kernels import Backend, Steps, address
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+class _Cpu(Backend):
+    """float32 and float64; 16-bit data is converted to float32 and back."""
 
+    def computed(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if dtype == torch.float64 else torch.float32
 
-class _Steps(NamedTuple):
-    """Which rows run at which step: the native core's Sequence, and the tensors it points into."""
+    def summed(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
-    native: tuple[int, ...]
-    keep: tuple[Tensor | None, ...]
-    padding: Tensor | None  # bool [T,B], the steps beyond their row's length
+    def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return gemm.linear(a, w, b)
 
-    @property
-    def ragged(self) -> bool:
-        return self.padding is not None
+    def outer(
+        self, a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None
+    ) -> None:
+        gemm.outer(a, factors, sum)
 
+    def forward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
+        run = _cpu.forward_float64 if like.dtype == torch.float64 else _cpu.forward_float32
+        run(cell.index, torch.get_num_threads(), *problem)
 
-def _steps(a: LayerInputs, s: Sizes) -> _Steps:
-    active = order = offset = padding = None
-    if a.batch_sizes is not None:
-        active, order = integers("batch_sizes", a.batch_sizes, (s.T,)), a.order
-        offset = active.cumsum(0) - active
-        if (
-            int(active[0]) != s.B
-            or int(active[-1]) < 1
-            or int(offset[-1] + active[-1]) != s.N
-            or bool((active[1:] > active[:-1]).any())
-        ):
-            raise ValueError(
-                f"batch_sizes: expected {s.N} rows in steps that never grow from {s.B},"
-                f" got {active.tolist() if s.T <= 16 else f'{s.T} steps'}"
-            )
-        if order is not None:
-            order = integers("order", order, (s.B,))
-            if not torch.equal(order.sort().values, torch.arange(s.B)):
-                raise ValueError(f"order: expected a permutation of {s.B} rows")
-    else:
-        lengths = check_lengths(a, s)
-        if lengths is not None:
-            order = lengths.argsort(descending=True, stable=True)
-            steps = torch.arange(s.T)
-            active = s.B - torch.searchsorted(lengths.sort().values, steps, right=True)
-            padding = steps.unsqueeze(1) >= lengths
-    resets, strides = a.resets, [0, 0]
-    check_resets(a, s)
-    if resets is not None:
-        resets = resets.cpu()
-        strides = list(resets.stride())
-        if a.batch_first:
-            strides.reverse()
-    native = (s.T, s.B, *map(_address, (active, order, offset, resets)), *strides, 0)
-    return _Steps(native, (active, order, offset, resets), padding)
+    def backward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
+        run = _cpu.backward_float64 if like.dtype == torch.float64 else _cpu.backward_float32
+        run(cell.index, torch.get_num_threads(), *problem)
 
-
-def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``t.to(dtype)``, without its overhead where there is nothing to do."""
-    return t if t.dtype == dtype else t.to(dtype)
-
-
-def _computed(a: LayerInputs) -> LayerInputs:
-    """Return the inputs contiguous and in the type the kernel computes in: float32, or float64."""
-    dtype = torch.float64 if a.input.dtype == torch.float64 else torch.float32
-    values: list[Any] = list(a)
-    for i in POSITIONS:
-        if values[i] is not None:
-            values[i] = _converted(values[i], dtype).contiguous()
-    return LayerInputs._make(values)
-
-
-def _joined(a: LayerInputs) -> tuple[Tensor, Tensor | None]:
-    """Return w_ih [D·G·H,I] and b_ih of all directions, joined for one GEMM."""
-    if len(a.directions) == 1:
-        return a.w_ih, a.b_ih
-    (w, _, b, _, _), (w_reverse, _, b_reverse, _, _) = a.directions
-    if b is None and b_reverse is None:
-        return torch.cat((w, w_reverse)), None
-    b = w.new_zeros(w.shape[0]) if b is None else b
-    b_reverse = w.new_zeros(w.shape[0]) if b_reverse is None else b_reverse
-    return torch.cat((w, w_reverse)), torch.cat((b, b_reverse))
-
-
-def _rows(t: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Return time-major data [T,B,...] as rows, uncopied where possible, and row strides."""
-    T, B = t.shape[:2]
-    if not t.is_contiguous() and t.transpose(0, 1).is_contiguous():
-        return t.transpose(0, 1), (1, T)
-    return t.contiguous(), (B, 1)
-
-
-def _input_rows(a: LayerInputs, s: Sizes) -> tuple[int, int]:
-    return (1, s.T) if a.batch_first else (s.B, 1)
-
-
-def layer(*args: Any) -> tuple[Tensor, ...]:
-    """Run ``rnnkern::layer``."""
-    a, save = LayerInputs(*args[:-1]), args[-1]
-    cell, dtype = get_cell(a.cell), a.input.dtype
-    s = check_layer(a, cell)
-    steps = _steps(a, s)
-    a = _computed(a)
-    x = linear(a.input.view(s.N, s.I), *_joined(a))
-    new = a.input.new_zeros if steps.ragged else a.input.new_empty
-    y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
-    h_prev = new((s.D, s.N, s.P) if save else 0)
-    saved = new((s.D, s.N, cell.saved * s.H) if save else 0)
-    hn = torch.empty_like(a.h0)
-    cn = a.input.new_empty(0) if a.c0 is None else torch.empty_like(a.c0)
-    if s.B > 0 and s.H > 0:
-        directions = tuple(
-            (
-                d == 1,
-                *map(_address, (w_hh, b_hh, w_hr)),
-                x.data_ptr() + d * s.G * s.H * x.element_size(),
-                *(
-                    _address(None if t is None else t[d])
-                    for t in (a.h0, a.c0, a.reset_h, a.reset_c)
-                ),
-                hn[d].data_ptr(),
-                _address(None if a.c0 is None else cn[d]),
-                y.data_ptr() + d * s.P * y.element_size(),
-                *((h_prev[d].data_ptr(), saved[d].data_ptr()) if save else (0, 0)),
-            )
-            for d, (_, w_hh, _, b_hh, w_hr) in enumerate(a.directions)
-        )
-        sizes = (s.H, s.P, _input_rows(a, s), (s.B, 1))
-        run = _cpu.forward_float64 if x.dtype == torch.float64 else _cpu.forward_float32
-        run(cell.index, torch.get_num_threads(), steps.native, sizes, save, directions)
-    gates = x if save else x.new_empty(0)
-    y, hn, cn = (_converted(t, dtype) for t in (y, hn, cn))
-    return y, hn, cn, gates, h_prev, saved
-
-
-def layer_backward(*args: Any) -> tuple[Tensor, ...]:
-    """Run ``rnnkern::layer_backward``."""
-    a, g = split(args)
-    cell, dtype = get_cell(a.cell), a.input.dtype
-    s = check_layer(a, cell)
-    check_backward(cell, s, a, g)
-    steps = _steps(a, s)
-    a = _computed(a)
-    wanted = dict(zip(DIFFERENTIABLE, g.output_mask, strict=True))
-    new = a.input.new_zeros if steps.ragged else a.input.new_empty
-    dx = new(s.D, s.N, s.G * s.H)
-    recurrent = any(on for name, on in wanted.items() if name.startswith(("w_h", "b_hh")))
-    projects = a.w_hr is not None
-    needs_extra = recurrent and cell.extra != "none" and (cell.extra != "output" or projects)
-    extra = new(s.D, s.N, s.H) if needs_extra else None
-    dh = new(s.D, s.N, s.P) if a.w_hr is not None else None
-    out: dict[str, Tensor | None] = {
-        "h0": torch.zeros_like(a.h0),
-        "c0": None if a.c0 is None else torch.zeros_like(a.c0),
-        "reset_h": None if a.reset_h is None else torch.zeros_like(a.reset_h),
-        "reset_c": None if a.reset_c is None else torch.zeros_like(a.reset_c),
-    }
-    dy, dhn, dcn = (None if t is None else _converted(t, dx.dtype) for t in (g.dy, g.dhn, g.dcn))
-    y_rows = (s.B, 1)
-    if dy is not None:
-        dy, y_rows = (dy.contiguous(), y_rows) if a.batch_sizes is not None else _rows(dy)
-    dhn, dcn = (None if t is None else t.contiguous() for t in (dhn, dcn))
-    if s.B > 0 and s.H > 0:
-
-        def at(t: Tensor | None, d: int) -> int:
-            return 0 if t is None else t[d].data_ptr()
-
-        directions = tuple(
-            (
-                d == 1,
-                *map(_address, (w_hh, w_hr)),
-                g.gates.data_ptr() + d * s.G * s.H * g.gates.element_size(),
-                *(at(t, d) for t in (g.h_prev, g.saved)),
-                0 if dy is None else dy.data_ptr() + d * s.P * dy.element_size(),
-                *(at(t, d) for t in (dhn, dcn, dx, extra, dh)),
-                *(at(out[name], d) for name in ("h0", "c0", "reset_h", "reset_c")),
-            )
-            for d, (_, w_hh, _, _, w_hr) in enumerate(a.directions)
-        )
-        sizes = (s.H, s.P, _input_rows(a, s), y_rows)
-        run = _cpu.backward_float64 if dx.dtype == torch.float64 else _cpu.backward_float32
-        run(cell.index, torch.get_num_threads(), steps.native, sizes, directions)
-    if wanted["input"]:
-        dinput = linear(dx[0], a.w_ih.t())
-        if s.D == 2:
-            dinput += linear(dx[1], a.directions[1][0].t())
-        out["input"] = dinput.view_as(a.input)
-    input = _without_padding(a, steps).view(s.N, s.I)
-    for d in range(s.D):
-        suffix = "_reverse" if d else ""
-        out |= _weight_gradients(a, g, cell, s, d, suffix, input, dx, extra, dh, wanted)
-    results = (out.get(name) if on else None for name, on in wanted.items())
-    return tuple(
-        torch.empty(0, dtype=dtype) if t is None else _converted(t, dtype) for t in results
-    )
-
-
-def _weight_gradients(
-    a: LayerInputs,
-    g: BackwardInputs,
-    cell: Cell,
-    s: Sizes,
-    d: int,
-    suffix: str,
-    input: Tensor,
-    dx: Tensor,
-    extra: Tensor | None,
-    dh: Tensor | None,
-    wanted: dict[str, bool],
-) -> dict[str, Tensor | None]:
-    """Return the weight gradients of direction `d`, each one sum over all data rows."""
-    out: dict[str, Tensor | None] = {}
-    dx_d, h_prev, gates = dx[d], g.h_prev[d], s.G * s.H
-    whole: list[tuple[Tensor, Tensor]] = []  # the products that every column of dx takes part in
-    if wanted["w_ih" + suffix]:
-        out["w_ih" + suffix] = dw = dx.new_empty(gates, s.I)
-        whole.append((input, dw))
-    if wanted["w_hh" + suffix]:
-        out["w_hh" + suffix] = dr = dx.new_empty(gates, s.P)
-        if cell.extra == "recurrent_gradient" and extra is not None:
-            last = gates - s.H  # the last gate has a gradient of its own
-            outer(dx_d[:, :last], [(h_prev, dr[:last])])
-            outer(extra[d], [(h_prev, dr[last:])])
-        elif cell.extra == "operand" and extra is not None:
-            last = cell.last_phase * s.H  # the last phase has an operand of its own
-            outer(dx_d[:, :last], [(h_prev, dr[:last])])
-            outer(dx_d[:, last:], [(extra[d], dr[last:])])
+    def steps(self, a: LayerInputs, s: Sizes) -> Steps:
+        """Return the rows longest first, so that those of a step are the first ones."""
+        active = order = offset = padding = None
+        if a.batch_sizes is not None:
+            active, offset = check_batch_sizes(a.batch_sizes, s)
+            order = check_order(a.order, s)
         else:
-            whole.append((h_prev, dr))
-    biases = wanted["b_ih" + suffix] or wanted["b_hh" + suffix]
-    db = dx.new_empty(gates) if biases else None
-    if whole or db is not None:
-        outer(dx_d, whole, db)
-    if db is not None:
-        out["b_ih" + suffix] = db
-        if cell.extra == "recurrent_gradient" and extra is not None:
-            out["b_hh" + suffix] = torch.cat((db[: gates - s.H], extra[d].sum(0)))
-        else:
-            out["b_hh" + suffix] = db.clone()
-    if wanted["w_hr" + suffix] and dh is not None and extra is not None:
-        out["w_hr" + suffix] = dw_hr = dx.new_empty(s.P, s.H)
-        outer(dh[d], [(extra[d], dw_hr)])
-    return out
+            lengths = check_lengths(a, s)
+            if lengths is not None:
+                order = lengths.argsort(descending=True, stable=True)
+                steps = torch.arange(s.T)
+                active = s.B - torch.searchsorted(lengths.sort().values, steps, right=True)
+                padding = steps.unsqueeze(1) >= lengths
+        check_resets(a, s)
+        resets, strides = None if a.resets is None else a.resets.cpu(), kernels.no_strides
+        if resets is not None:
+            strides = kernels.time_major_strides(resets, a.batch_first)
+        native = (s.T, s.B, *map(address, (active, order, offset, resets)), *strides, 0)
+        return Steps(native, (active, order, offset, resets), padding)
 
 
-def _without_padding(a: LayerInputs, steps: _Steps) -> Tensor:
-    """Return the input with zeros in the padding, where 0·NaN would make a NaN gradient."""
-    if steps.padding is None:
-        return a.input
-    padding = steps.padding.t() if a.batch_first else steps.padding
-    return a.input.masked_fill(padding.unsqueeze(-1), 0)
+BACKEND = _Cpu()
+layer = partial(kernels.layer, BACKEND)
+layer_backward = partial(kernels.layer_backward, BACKEND)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import layers
+from rnnkern import cuda, layers
 from rnnkern._native import _cpu, isa
 from rnnkern.cells import get_cell
 from rnnkern.modules import _Cell, _Recurrent
@@ -25,17 +25,18 @@ class Explanation:
     cell : str
         The cell's name in the registry.
     backend : str
-        "cpu" for the native kernels, "reference" for plain torch operations.
+        "cpu" or "cuda" for the native kernels, "reference" for plain torch operations.
     reason : str
         Why the reference runs, or "" when a kernel does.
     dtype, compute_dtype : torch.dtype
         Of the data, and of the arithmetic.
     isa : str
-        The instruction set of the kernels; "" for the reference.
+        The instruction set of the CPU kernels; "" otherwise.
     threads : int
         Threads of the team, from ``torch.get_num_threads()`` and the plan.
     plan : dict
-        How the team shares each pass: groups over directions, batch rows and hidden units.
+        On a CPU how the team shares each pass: groups over directions, batch rows and hidden units.
+        On a GPU whether tensor cores multiply, and the batch rows of a block.
     """
 
     cell: str
@@ -54,6 +55,13 @@ class Explanation:
         types = str(self.dtype).removeprefix("torch.")
         if self.dtype != self.compute_dtype:
             types += f", computed in {self.compute_dtype}".replace("torch.", "")
+        if self.backend == "cuda":
+            step = self.plan["step"]
+            cores = "tensor cores" if step["tensor_cores"] else "fused multiply-adds"
+            return (
+                f"{self.cell}: cuda kernel, {types}, one launch a stage and step,"
+                f" {cores}, {step['rows_of_a_block']} rows a block"
+            )
         lines = [f"{self.cell}: {self.backend} kernel, {self.isa}, {types}"]
         for name, plan in self.plan.items():
             groups = ", ".join(
@@ -115,6 +123,10 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
         T, B = data.shape[:2] if data.dim() == 3 else (data.shape[0], 1)
         if batch_first and data.dim() == 3:
             T, B = B, T
+    if data.is_cuda:
+        compute = torch.get_autocast_dtype("cuda") if layers.autocasts(data) else data.dtype
+        step = {"step": cuda.plan(data, compute, B)}
+        return Explanation(name, "cuda", "", data.dtype, compute, plan=step)
     plan_of = _cpu.plan_float64 if compute == torch.float64 else _cpu.plan_float32
     cell, H = get_cell(name).index, module.hidden_size
     plan = {

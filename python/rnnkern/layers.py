@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnkern import cuda
 from rnnkern.arguments import LayerInputs, sizes_of
 from rnnkern.cells import Cell
 from rnnkern.checks import KERNEL_DTYPES, check_lengths, check_resets
@@ -76,10 +77,14 @@ class Structure:
 
 def missing_kernel(input: Tensor) -> str | None:
     """Return why no kernel serves `input`, or None if one does (the reference runs otherwise)."""
-    if input.device.type not in ("cpu", "meta"):
-        return f"no kernel for device type '{input.device.type}' in this build"
+    if input.device.type not in ("cpu", "cuda", "meta"):
+        return f"no kernel for device type '{input.device.type}'"
     if input.dtype not in KERNEL_DTYPES:
         return f"no kernel for dtype {input.dtype}"
+    if input.device.type == "cuda":
+        reason: str | None = cuda.missing(input.device.index or 0)
+        if reason is not None:
+            return reason
     if not torch.compiler.is_compiling() and (
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     ):
@@ -277,11 +282,12 @@ def _stack(
 ) -> tuple[Tensor, States]:
     dtypes = None
     if autocasts(data):
-        # The kernel computes in float32 whatever autocast would choose; the results get torch's
-        # type.
+        # On a CPU the kernel computes in float32 whatever autocast would choose, and the results
+        # get torch's type; on a GPU torch's own recurrent operators are narrow throughout.
+        compute = torch.get_autocast_dtype("cuda") if data.is_cuda else torch.float32
         fused = packed is None and not structure.projection and not one_step
-        dtypes = _autocast_dtypes(structure, data, states, fused)
-        data, *rest = (t.float() for t in (data, *states, *weights, *(reset_states or ())))
+        dtypes = None if data.is_cuda else _autocast_dtypes(structure, data, states, fused)
+        data, *rest = (t.to(compute) for t in (data, *states, *weights, *(reset_states or ())))
         states, rest = tuple(rest[: len(states)]), rest[len(states) :]
         weights, rest = rest[: len(weights)], rest[len(weights) :]
         reset_states = None if reset_states is None else tuple(rest)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import cpu, reference
+from rnnkern import cpu, cuda, reference
 from rnnkern.arguments import (
     DIFFERENTIABLE,
     LAYER_FIELDS,
@@ -59,7 +59,9 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
     hn = new((s.D, s.B, s.P))
     cn = new(0) if a.c0 is None else new((s.D, s.B, s.H))
-    dtype = torch.float64 if a.input.dtype == torch.float64 else torch.float32
+    # 16-bit data is kept as it is on a GPU only.
+    narrow = a.input.device.type == "cuda" or a.input.dtype == torch.float64
+    dtype = a.input.dtype if narrow else torch.float32
     shapes = ((s.N, s.D * s.G * s.H), (s.D, s.N, s.P), (s.D, s.N, cell.saved * s.H))
     kept = [new(shape if save else 0, dtype=dtype) for shape in shapes]
     return y, hn, cn, *kept
@@ -233,6 +235,8 @@ def reference_layer(a: LayerInputs) -> tuple[Tensor, ...]:
 
 _LIBRARY.impl("layer", cpu.layer, "CPU")
 _LIBRARY.impl("layer_backward", cpu.layer_backward, "CPU")
+_LIBRARY.impl("layer", cuda.layer, "CUDA")
+_LIBRARY.impl("layer_backward", cuda.layer_backward, "CUDA")
 torch.library.register_fake("rnnkern::layer", _layer_fake, lib=_LIBRARY)
 torch.library.register_fake("rnnkern::layer_backward", _layer_backward_fake, lib=_LIBRARY)
 _LIBRARY.impl("layer", _layer_autograd, "Autograd", with_keyset=True)

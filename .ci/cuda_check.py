@@ -1,0 +1,100 @@
+"""Check what nvcc makes of csrc/cuda: no kernel spills registers, and TensorProduct is one.
+
+    python .ci/cuda_check.py          for the architectures of a build without a GPU
+    python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
+    python .ci/cuda_check.py --list   also print registers and shared memory of each kernel
+
+Needs nvcc in PATH; without it, nothing is checked and the exit status is 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FEW = ("80", "90a")
+ALL = ("75", "80", "86", "89", "90a", "120")
+TENSOR_TYPES = ("float16", "bfloat16", "float32")
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<spilled>\d+) bytes spill stores.*?"
+    r"Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def nvcc(*arguments: str) -> str:
+    """Run the compiler and return what it says."""
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return done.stderr
+
+
+def compile_one(source: Path, architecture: str, folder: Path) -> list[re.Match[str]]:
+    """Compile one file for one architecture; return a match for each kernel."""
+    target = folder / f"{source.stem}.{architecture}.o"
+    code = f"arch=compute_{architecture},code=sm_{architecture}"
+    said = nvcc("-gencode", code, "-Xptxas", "-v", "-c", str(source), "-o", str(target))
+    target.unlink()
+    return list(KERNEL.finditer(said))
+
+
+def without_tensor_cores(source: Path, folder: Path) -> list[str]:
+    """Return the TensorProduct kernels of a file whose PTX has no mma instruction."""
+    target = folder / f"{source.stem}.ptx"
+    nvcc("-arch=compute_80", "-ptx", str(source), "-o", str(target))
+    entries = re.split(r"\.entry ", target.read_text())[1:]
+    tensor = [e for e in entries if "TensorProduct" in e.split("(", 1)[0]]
+    if not tensor:
+        return [f"{source.name}: no kernel with TensorProduct at all"]
+    return [e.split("(", 1)[0] for e in tensor if "mma.sync" not in e]
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        print("no nvcc: the CUDA kernels are not compiled here")
+        return 0
+    architectures = ALL if options.all else FEW
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = Path(name)
+        jobs = {
+            (s, a): pool.submit(compile_one, s, a, folder) for a in architectures for s in sources
+        }
+        plain = {
+            s.name: pool.submit(without_tensor_cores, s, folder)
+            for s in sources
+            if s.stem in TENSOR_TYPES
+        }
+        wrong = [line for job in plain.values() for line in job.result()]
+        count = 0
+        for (source, architecture), job in jobs.items():
+            for kernel in job.result():
+                count += 1
+                where = f"sm_{architecture} {source.stem} {kernel['name']}"
+                if options.list:
+                    print(f"{kernel['registers']:>4} registers  {where}")
+                if kernel["spilled"] != "0":
+                    wrong.append(f"{where}: spills {kernel['spilled']} bytes")
+    for line in wrong:
+        print(line, file=sys.stderr)
+    print(f"{count} kernels for sm_{', sm_'.join(architectures)}: {len(wrong)} faults")
+    return 1 if wrong or count == 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+// rnnkern._cuda: as rnnkern._cpu, for the CUDA backend. Addresses are the device's, except those of
+// a packed sequence's sizes and offsets. Importing it needs neither a driver nor a device.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "bind/problems.h"
+#include "cuda/driver.h"
+
+using namespace rnnkern;
+
+namespace {
+
+void raise(Status status) {
+  switch (status) {
+    case Status::ok: return;
+    case Status::out_of_memory: throw std::bad_alloc();
+    case Status::unknown_cell: throw py::value_error("cell: no such index in the registry");
+    case Status::bad_problem: throw py::value_error("problem: sizes out of range for this cell");
+    case Status::device_error: throw std::runtime_error("CUDA: " + cuda_error());
+  }
+}
+
+// (device, stream, workspace, tf32)
+CudaCall cuda_call(const py::tuple& t) {
+  return {t[0].cast<int>(), pointer<void>(t[1]), pointer<void>(t[2]), t[3].cast<bool>()};
+}
+
+void check_cell(int cell) {
+  if (cell < 0 || cell >= cuda_cell_count()) raise(Status::unknown_cell);
+}
+
+// Without a workspace, only its size in bytes is returned.
+template <class T>
+size_t forward(int cell, const py::tuple& where, const py::tuple& seq, const py::tuple& sizes,
+               bool training, const py::tuple& directions) {
+  check_cell(cell);
+  const auto p = forward_problem<T>(seq, sizes, training, directions);
+  const CudaCall call = cuda_call(where);
+  if (call.workspace) {
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = run_forward_cuda<T>(cell, p, call);
+    }
+    raise(status);
+  }
+  return forward_workspace<T>(cell, p);
+}
+
+template <class T, class A>
+size_t backward(int cell, const py::tuple& where, const py::tuple& seq, const py::tuple& sizes,
+                const py::tuple& directions) {
+  check_cell(cell);
+  const auto p = backward_problem<T, A>(seq, sizes, directions);
+  const CudaCall call = cuda_call(where);
+  if (call.workspace) {
+    Status status;
+    {
+      py::gil_scoped_release release;
+      status = run_backward_cuda<T, A>(cell, p, call);
+    }
+    raise(status);
+  }
+  return backward_workspace<T, A>(cell, p);
+}
+
+py::dict plan(int device, bool tf32, int64_t B, int element_bytes) {
+  const CudaPlan chosen = make_cuda_plan({device, nullptr, nullptr, tf32}, B, element_bytes);
+  py::dict d;
+  d["tensor_cores"] = chosen.tensor_cores;
+  d["rows_of_a_block"] = 8 * chosen.row_tiles;
+  return d;
+}
+
+}  // namespace
+
+#if !defined(RNNKERN_CUDA_MODULE)
+#define RNNKERN_CUDA_MODULE _cuda
+#endif
+
+PYBIND11_MODULE(RNNKERN_CUDA_MODULE, m) {
+  m.doc() = "rnnkern's CUDA kernels";
+  m.def("device_problem", &device_problem);
+  m.def("plan", &plan);
+  m.def("forward_float32", &forward<float>);
+  m.def("forward_float64", &forward<double>);
+  m.def("forward_float16", &forward<__half>);
+  m.def("forward_bfloat16", &forward<__nv_bfloat16>);
+  m.def("backward_float32", &backward<float, float>);
+  m.def("backward_float64", &backward<double, double>);
+  m.def("backward_float16", &backward<__half, float>);
+  m.def("backward_bfloat16", &backward<__nv_bfloat16, float>);
+}

@@ -1,0 +1,48 @@
+// The CUDA backend as the bindings see it: whether a device can run it, and one call for each layer
+// and pass. A call only queues kernels on the stream; it neither waits for the device nor reads
+// what lies on it, so it can be captured in a CUDA graph.
+//
+// Pointers are the device's, except Sequence::active and Sequence::offset, which the host reads.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "core/problem.h"
+#include "core/status.h"
+
+namespace rnnkern {
+
+struct CudaCall {
+  int device;
+  void* stream;     // cudaStream_t
+  void* workspace;  // of forward_workspace or backward_workspace bytes, until the stream is past it
+  bool tf32;        // float32 products may round their factors to TF32
+};
+
+// How the recurrence of one call runs. The only function that decides is make_cuda_plan.
+struct CudaPlan {
+  bool tensor_cores;
+  int row_tiles;  // of 8 rows, a block
+};
+
+CudaPlan make_cuda_plan(const CudaCall& call, int64_t B, int element_bytes);
+
+// Why this build cannot run on a device; empty if it can.
+std::string device_problem(int device);
+// What the last call that returned Status::device_error failed with, on this thread.
+const std::string& cuda_error();
+
+int cuda_cell_count();
+
+// T is float, double, __half or __nv_bfloat16; A is float for the 16-bit types.
+template <class T>
+size_t forward_workspace(int cell, const ForwardProblem<T>& problem);
+template <class T, class A>
+size_t backward_workspace(int cell, const BackwardProblem<T, A>& problem);
+template <class T>
+Status run_forward_cuda(int cell, const ForwardProblem<T>& problem, const CudaCall& call);
+template <class T, class A>
+Status run_backward_cuda(int cell, const BackwardProblem<T, A>& problem, const CudaCall& call);
+
+}  // namespace rnnkern

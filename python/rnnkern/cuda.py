@@ -1,0 +1,167 @@
+"""The backend of NVIDIA GPUs; see ``csrc/cuda``.
+
+A call only queues work on torch's current stream: it never waits for the device or reads from it.
+So what lies on the device is not checked on the host. Lengths that are out of range make every
+result of their row NaN.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import kernels
+from rnnkern._native import cuda_module
+from rnnkern.arguments import LayerInputs, Sizes
+from rnnkern.cells import Cell
+from rnnkern.checks import check_batch_sizes, check_lengths, check_order, check_resets, integers
+from rnnkern.kernels import Backend, Steps, address
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def uses_tf32() -> bool:
+    """Return whether torch's own RNN would use TF32 for float32 data."""
+    rnn = getattr(torch.backends.cudnn, "rnn", None)  # from torch 2.9 on
+    return bool(rnn.fp32_precision == "tf32" if rnn else torch.backends.cudnn.allow_tf32)
+
+
+class Cuda(Backend):
+    """All four types; 16-bit data is summed, and c kept, in float32.
+
+    Parameters
+    ----------
+    native : module
+        ``rnnkern._cuda``, or its like on the host, for tests.
+    device : int
+        Where to run if the data is on no GPU, which only that like can do.
+    """
+
+    def __init__(self, native: Any, device: int = 0) -> None:
+        self._native, self._device = native, device
+
+    def computed(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the data's own type."""
+        return dtype
+
+    def summed(self, dtype: torch.dtype) -> torch.dtype:
+        """Return float64 for float64, float32 for the others."""
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        """Return a·wᵀ + b, by cuBLAS."""
+        return a @ w.t() if b is None else torch.addmm(b, a, w.t())
+
+    def outer(
+        self, a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None
+    ) -> None:
+        """Write the products and the sum, by cuBLAS and torch."""
+        for b, out in factors:
+            torch.mm(a.t(), b, out=out)
+        if sum is not None:
+            torch.sum(a, 0, out=sum)
+
+    def steps(self, a: LayerInputs, s: Sizes) -> Steps:
+        """Return packed rows as they are, and padded ones with their lengths on the device."""
+        device = a.input.device
+        active = offset = order = lengths = padding = None
+        if a.batch_sizes is not None:
+            active, offset = check_batch_sizes(a.batch_sizes, s)
+            if a.order is None or a.order.device.type == "cpu":
+                order = check_order(a.order, s)
+                order = None if order is None else order.to(device, non_blocking=True)
+            else:
+                order = integers("order", a.order, (s.B,), device).clamp(0, s.B - 1)
+        elif a.lengths is not None:
+            on_host = a.lengths.device.type == "cpu" and check_lengths(a, s)
+            if on_host is not None:
+                lengths = integers("lengths", a.lengths, (s.B,), device)
+                padding = torch.arange(s.T, device=device).unsqueeze(1) >= lengths
+        check_resets(a, s)
+        resets, strides = a.resets, kernels.no_strides
+        if resets is not None:
+            resets = resets.to(device, non_blocking=True)
+            strides = kernels.time_major_strides(resets, a.batch_first)
+        native = (s.T, s.B, *map(address, (active, order, offset, resets)), *strides)
+        return Steps((*native, address(lengths)), (active, order, offset, resets, lengths), padding)
+
+    def forward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
+        """Queue the recurrence."""
+        self._run("forward", cell, like, problem)
+
+    def backward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
+        """Queue the recurrence's gradient."""
+        self._run("backward", cell, like, problem)
+
+    def _run(self, which: str, cell: Cell, like: Tensor, problem: tuple[Any, ...]) -> None:
+        run = getattr(self._native, f"{which}_{_NAMES[like.dtype]}")
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        device, tf32 = like.device.index if like.is_cuda else self._device, uses_tf32()
+        size = run(cell.index, (device, stream, 0, tf32), *problem)
+        # The allocator hands it on only to work that comes later on the same stream.
+        workspace = like.new_empty(size, dtype=torch.uint8)
+        run(cell.index, (device, stream, workspace.data_ptr(), tf32), *problem)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@lru_cache
+def missing(index: int) -> str | None:
+    """Return why the kernels do not run on a device, with a warning the first time; or None."""
+    native = cuda_module()
+    if native is None:
+        reason = "this build has no CUDA kernels (no CUDA compiler was found)"
+    else:
+        problem: str = native.device_problem(index)
+        reason = f"the CUDA kernels do not run on device {index} ({problem})" if problem else ""
+    if reason:
+        warnings.warn(f"rnnkern: {reason}; the reference runs instead", stacklevel=2)
+    return reason or None
+
+
+def plan(data: Tensor, dtype: torch.dtype, B: int) -> dict[str, Any]:
+    """Return how the kernels would run `B` rows of data of a type, where they do."""
+    chosen: dict[str, Any] = cuda_module().plan(
+        data.device.index or 0, uses_tf32(), B, torch.empty((), dtype=dtype).element_size()
+    )
+    return chosen
+
+
+def summary() -> str:
+    """Return one line on this build and the devices that it finds."""
+    if cuda_module() is None:
+        return "not built (no rnnkern._cuda)"
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or count == 0:
+        return "rnnkern._cuda is built; torch finds no device"
+    devices = (
+        f"{i}: {torch.cuda.get_device_name(i)}, {cuda_module().device_problem(i) or 'runs'}"
+        for i in range(count)
+    )
+    return "rnnkern._cuda is built; " + "; ".join(devices)
+
+
+def _backend() -> Cuda:
+    native = cuda_module()
+    if native is None:
+        raise RuntimeError("rnnkern: this build has no CUDA kernels (no CUDA compiler was found)")
+    return Cuda(native)
+
+
+def layer(*args: Any) -> tuple[Tensor, ...]:
+    """Run ``rnnkern::layer``."""
+    return kernels.layer(_backend(), *args)
+
+
+def layer_backward(*args: Any) -> tuple[Tensor, ...]:
+    """Run ``rnnkern::layer_backward``."""
+    return kernels.layer_backward(_backend(), *args)

@@ -1,0 +1,70 @@
+"""The CUDA kernels on the host, in place of the CPU's behind the operators."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cuda_host.build import NAME, build
+from rnnkern import cuda, kernels
+
+
+@dataclass
+class Host:
+    """The shim: its kernels as ``rnnkern._cuda`` has them, and its knobs."""
+
+    native: Any
+    library: ctypes.CDLL
+
+    def seed(self, value: int) -> None:
+        """Fix the order of all threads from here on."""
+        self.library.cuda_host_seed(ctypes.c_uint64(value))
+
+    @contextmanager
+    def operators(self, device: int = 0) -> Iterator[None]:
+        """Run the operators on CPU tensors by the CUDA backend, on a device: 0 has tensor cores."""
+        library = torch.library.Library("rnnkern", "IMPL")
+        backend = cuda.Cuda(self.native, device)
+        for name in ("layer", "layer_backward"):
+            function = partial(getattr(kernels, name), backend)
+            library.impl(name, function, "CPU", allow_override=True)
+        try:
+            yield
+        finally:
+            library._destroy()
+
+    def drop_barrier(self, index: int) -> None:
+        """Make one barrier of every thread not wait; -1: none."""
+        self.library.cuda_host_drop_barrier(ctypes.c_long(index))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    path = build(
+        tmp_path_factory.mktemp("cuda_host"), *os.environ.get("RNNKERN_HOST_FLAGS", "").split()
+    )
+    loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
+    spec = importlib.util.spec_from_loader(NAME, loader)
+    assert spec is not None
+    native = importlib.util.module_from_spec(spec)
+    loader.exec_module(native)
+    return Host(native, ctypes.CDLL(str(path)))
+
+
+@pytest.fixture
+def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """Run the operators on CPU tensors by the CUDA backend, with exact float32 products."""
+    monkeypatch.setattr(cuda, "uses_tf32", lambda: False)
+    built.seed(fixed_seed)
+    with built.operators():
+        yield built
+    built.drop_barrier(-1)

@@ -1,0 +1,189 @@
+"""Every CUDA kernel, run on the host: each cell, type, size and feature, in random thread order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import pytest
+import rnnkern
+import torch
+from cases import (
+    Case,
+    assert_identical,
+    assert_matches,
+    build,
+    evaluate,
+    expected,
+    feature_cases,
+    run_op,
+)
+from cuda_host.conftest import Host
+from rnnkern import cuda
+from rnnkern.ops import DIFFERENTIABLE
+from tolerances import assert_close
+from torch import nn
+
+EXACT = (torch.float32, torch.float64)
+NARROW = (torch.float16, torch.bfloat16)
+SIZES = [(1, 1), (3, 7), (17, 33), (3, 96)]
+
+
+def sized(B: int, H: int) -> list[Case]:
+    cases = feature_cases(T=4, B=B, I=3, H=H)
+    if H == 1:
+        return [c for c in cases if not c.P]
+    return [dataclasses.replace(c, P=H // 2 + 1) if c.P else c for c in cases]
+
+
+def cases_of(*sizes: tuple[int, int]) -> Any:
+    cases = [case for size in sizes for case in sized(*size)]
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+@cases_of(*SIZES)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_exact(host: Host, case: Case, dtype: torch.dtype) -> None:
+    args = build(case, dtype)
+    assert_matches(evaluate(args), expected(args), dtype=dtype)
+
+
+def gradients_of(case: Case) -> tuple[str, ...]:
+    """Return what to differentiate by: with relu, one rounded sign decides on whole gradients."""
+    return () if case.cell == "rnn_relu" else DIFFERENTIABLE
+
+
+@cases_of(*SIZES[1:])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("device", [0, 1], ids=["tensor_cores", "without"])
+def test_narrow(host: Host, case: Case, dtype: torch.dtype, device: int) -> None:
+    assert host.native.plan(device, False, case.B, 2)["tensor_cores"] is (device == 0)
+    args, needs = build(case, dtype), gradients_of(case)
+    with host.operators(device):
+        found = evaluate(args, needs=needs)
+    assert_matches(found, expected(args, needs=needs), dtype=dtype)
+
+
+@cases_of(*SIZES)
+def test_tf32(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "uses_tf32", lambda: True)
+    args, needs = build(case, torch.float32), gradients_of(case)
+    found, wanted = evaluate(args, needs=needs), expected(args, needs=needs)
+    assert_matches(found, wanted, dtype=torch.float16)  # which has as many bits of mantissa
+
+
+@cases_of((3, 7))
+@pytest.mark.parametrize("dtype", [*EXACT, *NARROW], ids=str)
+def test_inference_equals_training(host: Host, case: Case, dtype: torch.dtype) -> None:
+    args = build(case, dtype)
+    trained = run_op(args, save=True)
+    assert all(map(torch.equal, run_op(args, save=False), trained))
+
+
+@cases_of((17, 33))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thread_order_does_not_matter(host: Host, case: Case, dtype: torch.dtype) -> None:
+    args = build(case, dtype)
+    first = evaluate(args)
+    for seed in (1, 2):
+        host.seed(seed)
+        assert_identical(evaluate(args), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("barrier", [0, 1, 2])
+def test_a_missing_barrier_shows(host: Host, dtype: torch.dtype, barrier: int) -> None:
+    """The test of these tests: without a barrier that the kernels need, results are wrong."""
+    if dtype == torch.bfloat16 and barrier > 0:
+        pytest.skip("the product on tensor cores has one barrier")
+    args = build(Case("lstm", T=3, B=3, I=3, H=96), dtype)
+    wanted = run_op(args)
+    host.drop_barrier(barrier)
+    found = None
+    with contextlib.suppress(RuntimeError):  # the shim itself saw that threads parted
+        found = run_op(args)
+    assert found is None or not all(map(torch.equal, found, wanted))
+
+
+# ---- what only this backend does ----------------------------------------------------------------
+@pytest.mark.parametrize("length", [-1, 6, 2**40])
+def test_wrong_lengths_on_the_device_make_their_row_nan(
+    host: Host, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "check_lengths", lambda a, _: a.lengths)  # nobody on the host looks
+    good = build(Case("lstm", T=5, B=3, D=2), torch.float32)._replace(
+        lengths=torch.tensor([5, 3, 2])
+    )
+    bad = good._replace(lengths=torch.tensor([5, length, 2]))
+    for found, wanted in zip(run_op(bad), run_op(good), strict=True):
+        assert found[:, 1].isnan().all()
+        assert torch.equal(found[:, 0::2], wanted[:, 0::2])
+
+
+def test_more_steps_than_a_grid_has_rows(host: Host) -> None:
+    args = build(Case("rnn_tanh", T=66_000, B=1, I=1, H=1), torch.float64)
+    assert_matches(evaluate(args), expected(args), dtype=torch.float64)
+
+
+def test_a_failing_call_names_the_error_and_leaves_the_backend_usable(host: Host) -> None:
+    args = build(Case("gru"), torch.float32)
+    with host.operators(device=7), pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        run_op(args)
+    assert host.native.device_problem(7) != ""
+    assert host.native.device_problem(0) == ""
+    assert_matches(evaluate(args), expected(args), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_modules(host: Host, name: str, dtype: torch.dtype) -> None:
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "dtype": dtype}
+    theirs: nn.Module = getattr(nn, name)(5, 9, **options)
+    ours: nn.Module = getattr(rnnkern, name)(5, 9, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 6, 5, dtype=dtype)
+    for found, wanted in zip(outputs(ours, x), outputs(theirs, x), strict=True):
+        assert found.dtype == dtype
+        assert_close(found, wanted, kind="gradient")
+
+
+def outputs(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return output, states and all gradients."""
+    leaf = x.clone().requires_grad_()
+    y, states = module(leaf)
+    states = states if isinstance(states, tuple) else (states,)
+    grads = torch.autograd.grad(y.square().mean(), [leaf, *module.parameters()])
+    return [y.detach(), *(s.detach() for s in states), *grads]
+
+
+def test_afterwards_the_operators_are_the_cpu_s_again(built: Host) -> None:
+    args = build(Case("lstm"), torch.float16)
+    assert torch.ops.rnnkern.layer(*args, True)[3].dtype == torch.float32
+    with built.operators():
+        assert torch.ops.rnnkern.layer(*args, True)[3].dtype == torch.float16
+    assert torch.ops.rnnkern.layer(*args, True)[3].dtype == torch.float32
+
+
+def test_without_kernels_the_reason_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "cuda_module", lambda: None)
+    monkeypatch.setattr(cuda, "missing", functools.lru_cache(cuda.missing.__wrapped__))
+    with pytest.warns(UserWarning, match="no CUDA kernels"):
+        assert "no CUDA compiler" in cuda.missing(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda.missing(0)
+    with pytest.raises(RuntimeError, match="no CUDA kernels"):
+        cuda.layer(*build(Case("lstm")), False)
+
+
+def test_a_device_that_the_build_does_not_know(
+    built: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "cuda_module", lambda: built.native)
+    monkeypatch.setattr(cuda, "missing", functools.lru_cache(cuda.missing.__wrapped__))
+    assert cuda.missing(0) is None
+    with pytest.warns(UserWarning, match="cudaErrorInvalidDevice"):
+        assert "device 9" in cuda.missing(9)
