@@ -52,9 +52,7 @@ struct Block {
   unsigned live = 0;
 };
 
-struct Stack {
-  std::unique_ptr<unsigned char[]> bytes{new unsigned char[kStackBytes]};
-};
+using Stack = std::unique_ptr<unsigned char[]>;
 
 struct Fiber {
   dim3 index, block_index;
@@ -86,7 +84,7 @@ unsigned draw(size_t n) { return static_cast<unsigned>(generator() % n); }
 // ---- switching: setjmp is fast; AddressSanitizer wants to be told, and gets ucontext ----------
 #if CUDA_HOST_ADDRESS_SANITIZER
 void resume(Fiber& f) {
-  __sanitizer_start_switch_fiber(&grid->fake_stack, f.stack.bytes.get(), kStackBytes);
+  __sanitizer_start_switch_fiber(&grid->fake_stack, f.stack.get(), kStackBytes);
   swapcontext(&grid->context, &f.context);
   __sanitizer_finish_switch_fiber(grid->fake_stack, nullptr, nullptr);
 }
@@ -138,15 +136,14 @@ std::unique_ptr<Block> start_block(const cudaLaunchConfig_t& config, unsigned in
   block->live = threads;
   for (unsigned i = 0; i < threads; ++i) {
     auto f = std::make_unique<Fiber>();
-    if (!spare_stacks.empty()) {
-      f->stack = std::move(spare_stacks.back());
-      spare_stacks.pop_back();
-    }
+    if (spare_stacks.empty()) spare_stacks.emplace_back(new unsigned char[kStackBytes]);
+    f->stack = std::move(spare_stacks.back());
+    spare_stacks.pop_back();
     f->block = block.get();
     f->block_index = dim3(index % count.x, index / count.x % count.y, index / count.x / count.y);
     f->index = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
     getcontext(&f->context);
-    f->context.uc_stack.ss_sp = f->stack.bytes.get();
+    f->context.uc_stack.ss_sp = f->stack.get();
     f->context.uc_stack.ss_size = kStackBytes;
     f->context.uc_link = nullptr;
     makecontext(&f->context, fiber_main, 0);

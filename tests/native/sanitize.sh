@@ -38,5 +38,5 @@ export TSAN_OPTIONS=halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
 runtimes=$(ldd "$work"/site/rnnkern/_cpu.*.so |
   awk '/lib(asan|ubsan|stdc\+\+)\.so/ { printf "%s%s", separator, $3; separator = ":" }')
 export ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH="$work/site"
-export RNNKERN_HOST_FLAGS="-fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O0"
+export RNNKERN_HOST_FLAGS="-fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1"
 LD_PRELOAD=$runtimes python -m pytest "$@"

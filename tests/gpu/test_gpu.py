@@ -1,0 +1,238 @@
+"""On a real GPU: `pytest -m gpu`. Skipped where there is none or the build has no CUDA kernels.
+
+Values are compared with the reference in float64 on the CPU and with torch's own modules (cuDNN);
+what the host shim cannot show (streams, graphs, memory, repeated runs) is tested here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import rnnkern
+import torch
+from cases import (
+    Case,
+    Results,
+    assert_identical,
+    assert_matches,
+    build,
+    evaluate,
+    expected,
+    feature_cases,
+)
+from pairs import pair
+from rnnkern import cuda
+from rnnkern.arguments import LayerInputs
+from rnnkern.ops import DIFFERENTIABLE
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+NAMES = ["LSTM", "GRU", "RNN"]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+SIZES = [(1, 1), (3, 7), (17, 33), (3, 96), (64, 256)]
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    assert cuda.missing(torch.cuda.current_device()) is None
+    yield
+    torch.cuda.synchronize()
+
+
+def on_gpu(args: LayerInputs) -> LayerInputs:
+    """Move everything but batch_sizes, which torch keeps on the host."""
+    moved = [t.cuda() if isinstance(t, Tensor) else t for t in args]
+    return LayerInputs(*moved)._replace(batch_sizes=args.batch_sizes)
+
+
+def on_cpu(results: Results) -> Results:
+    return {name: t.cpu() for name, t in results.items()}
+
+
+def sized(B: int, H: int) -> list[Case]:
+    return [c for c in feature_cases(T=6, B=B, I=5, H=H) if not c.P or H > 2]
+
+
+@pytest.mark.parametrize("case", [c for size in SIZES for c in sized(*size)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_the_reference(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "uses_tf32", lambda: False)
+    args = build(case, dtype)
+    narrow_relu = case.cell == "rnn_relu" and dtype in (torch.float16, torch.bfloat16)
+    needs = () if narrow_relu else DIFFERENTIABLE
+    found = evaluate(on_gpu(args), needs=needs)
+    assert_matches(on_cpu(found), expected(args, needs=needs), dtype=dtype)
+
+
+@pytest.mark.parametrize("case", sized(17, 33), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_repeat_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+    args = on_gpu(build(case, dtype))
+    first = evaluate(args)
+    for _ in range(20):
+        assert_identical(evaluate(args), first)
+
+
+def gradients(module: nn.Module, x: Any, leaf: Tensor) -> list[Tensor]:
+    y, states = module(x)
+    y = y.data if hasattr(y, "data") and not isinstance(y, Tensor) else y
+    states = states if isinstance(states, tuple) else (states,)
+    grads = torch.autograd.grad(y.float().square().mean(), [leaf, *module.parameters()])
+    return [y, *states, *grads]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_modules_against_cudnn(name: str, dtype: torch.dtype, packed: bool) -> None:
+    theirs, ours = pair(name, 24, 48, 2, bidirectional=True, batch_first=True)
+    theirs, ours = theirs.to("cuda", dtype), ours.to("cuda", dtype)
+    x = torch.randn(5, 30, 24, device="cuda", dtype=dtype, requires_grad=True)
+    lengths = torch.tensor([30, 7, 1, 22, 30])
+    data = x
+    if packed:
+        data = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-3}.get(dtype, 5e-2)
+    for a, b in zip(gradients(ours, data, x), gradients(theirs, data, x), strict=True):
+        assert a.dtype == b.dtype
+        limit = tolerance * max(1.0, float(b.abs().max()))
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_call_waits_for_the_device(dtype: torch.dtype) -> None:
+    module = rnnkern.LSTM(16, 32, 2, bidirectional=True).to("cuda", dtype)
+    x = torch.randn(9, 4, 16, device="cuda", dtype=dtype, requires_grad=True)
+    lengths = torch.tensor([9, 3, 0, 5], device="cuda")
+    resets = torch.rand(9, 4, device="cuda") < 0.3
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(x, lengths=lengths, resets=resets)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_cuda_graph(name: str) -> None:
+    module = getattr(rnnkern, name)(16, 32).cuda()
+    x = torch.randn(7, 4, 16, device="cuda")
+    with torch.no_grad():
+        module(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = module(x)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            assert torch.equal(y, module(x)[0])
+
+
+def test_two_streams_at_once() -> None:
+    module = rnnkern.GRU(64, 128).cuda()
+    xs = [torch.randn(50, 16, 64, device="cuda") for _ in range(4)]
+    with torch.no_grad():
+        wanted = [module(x)[0] for x in xs]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in xs]
+        found = []
+        for _ in range(10):
+            found.clear()
+            for stream, x in zip(streams, xs, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(module(x)[0])
+            torch.cuda.synchronize()
+            assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(name: str, narrow: torch.dtype) -> None:
+    theirs, ours = (m.cuda() for m in pair(name, 16, 32))
+    x = torch.randn(9, 4, 16, device="cuda")
+    with torch.autocast("cuda", narrow):
+        wanted, found = theirs(x), ours(x)
+    for a, b in zip(flat(found), flat(wanted), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=5e-2)
+
+
+def flat(result: Any) -> list[Tensor]:
+    y, states = result
+    return [y, *(states if isinstance(states, tuple) else (states,))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compile(name: str) -> None:
+    module = getattr(rnnkern, name)(16, 32).cuda()
+    compiled = torch.compile(module, fullgraph=True)
+    for T in (5, 8):
+        x = torch.randn(T, 4, 16, device="cuda", requires_grad=True)
+        wanted, found = module(x)[0], compiled(x)[0]
+        torch.testing.assert_close(found, wanted)
+        found.sum().backward()
+
+
+def test_wrong_lengths_make_their_row_nan() -> None:
+    module = rnnkern.LSTM(3, 5).cuda()
+    x = torch.randn(4, 3, 3, device="cuda")
+    y, (h, c) = module(x, lengths=torch.tensor([4, 9, 2], device="cuda"))
+    assert y[:, 1].isnan().all()
+    assert h[:, 1].isnan().all()
+    assert c[:, 1].isnan().all()
+    assert not y[:, 0::2].isnan().any()
+
+
+def test_more_steps_than_cudnn_takes() -> None:
+    module = rnnkern.GRU(1, 3).cuda()
+    x = torch.randn(70_000, 1, 1, device="cuda")
+    found, _ = module(x)
+    wanted, _ = module.cpu()(x.cpu())
+    torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=2e-3)
+
+
+def test_out_of_memory_leaves_a_usable_process() -> None:
+    module = rnnkern.LSTM(8, 1024).cuda()
+    free, _ = torch.cuda.mem_get_info()
+    steps = free // (4 * 4096 * 64) + 1
+    with pytest.raises(torch.OutOfMemoryError):
+        module(torch.empty(steps, 64, 8, device="cuda"))
+    torch.cuda.empty_cache()
+    module(torch.randn(3, 2, 8, device="cuda"))
+    torch.cuda.synchronize()
+
+
+def test_ddp_on_one_gpu(tmp_path: Any) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    backend = "nccl" if torch.distributed.is_nccl_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        module = rnnkern.LSTM(8, 16).cuda()
+        parallel = nn.parallel.DistributedDataParallel(module, device_ids=[0])
+        parallel(torch.randn(5, 3, 8, device="cuda"))[0].sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_explain() -> None:
+    x = torch.randn(5, 3, 8, device="cuda", dtype=torch.bfloat16)
+    found = rnnkern.explain(rnnkern.LSTM(8, 16).to("cuda", torch.bfloat16), x)
+    assert found.backend == "cuda"
+    assert "cuda kernel" in str(found)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_second_device() -> None:
+    module = rnnkern.GRU(8, 16).to("cuda:1")
+    x = torch.randn(5, 3, 8, device="cuda:1")
+    found = module(x)[0]
+    torch.testing.assert_close(found.cpu(), module.cpu()(x.cpu())[0], rtol=0, atol=2e-3)
