@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ def build(folder: Path, *flags: str) -> Path:
     RuntimeError
         If the compiler fails; the message is its output.
     """
-    compiler = os.environ.get("CXX", "g++")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
     includes = [HERE / "include", ROOT / "csrc", pybind11.get_include()]
     includes += [sysconfig.get_path("include")]
     options = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
