@@ -114,9 +114,13 @@ class Cuda(Backend):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@lru_cache
 def missing(index: int) -> str | None:
     """Return why the kernels do not run on a device, with a warning the first time; or None."""
+    return _missing(index)
+
+
+@lru_cache
+def _missing(index: int) -> str | None:
     native = cuda_module()
     if native is None:
         reason = "this build has no CUDA kernels (no CUDA compiler was found)"

@@ -25,6 +25,9 @@ _SMALL = 1 << 15
 # for products of fewer than eight rows.
 _PIECE = 1 << 12
 _PIECE_OF_FEW_ROWS = 1 << 10
+# Rows that an outer product sums in one go: 64 of its blocks. Longer sums are made of such pieces,
+# so that rounding errors do not grow with the number of all blocks.
+_ROWS = 1 << 14
 
 
 def _has_onednn() -> bool:
@@ -78,6 +81,25 @@ def outer(a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | Non
     sum : Tensor or None
         [O], set to the sum of a's rows.
     """
+    N = a.shape[0]
+    if N <= _ROWS:
+        return _outer_piece(a, factors, sum)
+    totals = [*(out for _, out in factors), *([] if sum is None else [sum])]
+    for row in range(0, N, _ROWS):
+        rows = slice(row, row + _ROWS)
+        values = totals if row == 0 else [torch.empty_like(t) for t in totals]
+        outs = values[: len(factors)]
+        pairs = [(b[rows], out) for (b, _), out in zip(factors, outs, strict=True)]
+        _outer_piece(a[rows], pairs, None if sum is None else values[-1])
+        if row > 0:
+            for total, value in zip(totals, values, strict=True):
+                total += value
+    return None
+
+
+def _outer_piece(
+    a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None
+) -> None:
     N, O = a.shape
     if N == 0:
         for t in (*(out for _, out in factors), sum):

@@ -169,7 +169,7 @@ def test_afterwards_the_operators_are_the_cpu_s_again(built: Host) -> None:
 
 def test_without_kernels_the_reason_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "cuda_module", lambda: None)
-    monkeypatch.setattr(cuda, "missing", functools.lru_cache(cuda.missing.__wrapped__))
+    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
     with pytest.warns(UserWarning, match="no CUDA kernels"):
         assert "no CUDA compiler" in cuda.missing(0)
     with warnings.catch_warnings():
@@ -183,7 +183,7 @@ def test_a_device_that_the_build_does_not_know(
     built: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "cuda_module", lambda: built.native)
-    monkeypatch.setattr(cuda, "missing", functools.lru_cache(cuda.missing.__wrapped__))
+    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
     assert cuda.missing(0) is None
     with pytest.warns(UserWarning, match="cudaErrorInvalidDevice"):
         assert "device 9" in cuda.missing(9)

@@ -20,6 +20,7 @@ SHAPES = [
     (257, 96, (64, 64)),
     (1000, 13, (33,)),
     (513, 260, ()),
+    (40_000, 3, (5, 2)),
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
