@@ -69,7 +69,7 @@ def main() -> int:
         print("no nvcc: the CUDA kernels are not compiled here")
         return 0
     architectures = ALL if options.all else FEW
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "bench" / "gpu_floor.cu"]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
         jobs = {

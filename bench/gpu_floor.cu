@@ -1,0 +1,211 @@
+// What a recurrence that stays on the chip rests on, measured: the cost of exchanging a state
+// between blocks, and the bandwidths its weights come with.
+//
+//   nvcc -O3 -std=c++17 -arch=native bench/gpu_floor.cu -o gpu_floor && ./gpu_floor
+//
+// Prints one JSON object. Times are of CUDA events around one launch of many rounds, medians of
+// kRepeats launches. Every wait is bounded: a fault ends in an error, never in a hung device.
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+namespace cg = cooperative_groups;
+
+namespace {
+
+constexpr int kThreads = 256, kRounds = 2000, kRepeats = 9;
+constexpr unsigned kMostSpins = 1u << 26;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+__device__ void spin_until(const volatile unsigned* at, unsigned value) {
+  for (unsigned spins = 0; *at < value; ++spins) {
+    if (spins == kMostSpins) __trap();
+  }
+}
+
+// All blocks arrive at one counter and wait for the others.
+__global__ void grid_barrier(unsigned* counter) {
+  for (unsigned round = 1; round <= kRounds; ++round) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(counter, 1);
+      spin_until(counter, round * gridDim.x);
+      __threadfence();
+    }
+    __syncthreads();
+  }
+}
+
+// Every block writes kThreads words that carry their round, and reads those of all blocks of its
+// group: an exchange of a state without a barrier. words: [2][gridDim.x][kThreads].
+__global__ void flag_exchange(uint64_t* words, int group) {
+  const int first = static_cast<int>(blockIdx.x) / group * group;
+  for (unsigned round = 1; round <= kRounds; ++round) {
+    volatile uint64_t* slot = words + static_cast<size_t>(round % 2) * gridDim.x * kThreads;
+    slot[blockIdx.x * kThreads + threadIdx.x] = static_cast<uint64_t>(round) << 32 | threadIdx.x;
+    for (int other = first; other < first + group; ++other) {
+      const volatile uint64_t* from = &slot[other * kThreads + threadIdx.x];
+      for (unsigned spins = 0; *from >> 32 < round; ++spins) {
+        if (spins == kMostSpins) __trap();
+      }
+    }
+    __syncthreads();
+  }
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// The same within a cluster: into the shared memory of every other block, then the cluster's
+// barrier.
+__global__ void cluster_exchange(unsigned* out) {
+  __shared__ unsigned state[2][16][kThreads];
+  cg::cluster_group cluster = cg::this_cluster();
+  const unsigned rank = cluster.block_rank(), blocks = cluster.num_blocks();
+  for (unsigned round = 1; round <= kRounds; ++round) {
+    for (unsigned other = 0; other < blocks; ++other)
+      *cluster.map_shared_rank(&state[round % 2][rank][threadIdx.x], other) = round;
+    cluster.sync();
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = state[kRounds % 2][0][0];
+}
+#else
+__global__ void cluster_exchange(unsigned*) { __trap(); }
+#endif
+
+// Every block reads the whole buffer, which fits L2, `rounds` times.
+__global__ void read_l2(const uint4* data, size_t count, int rounds, unsigned* out) {
+  unsigned sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+    for (size_t i = threadIdx.x; i < count; i += kThreads) {
+      const uint4 v = __ldcg(data + (i + blockIdx.x * 64) % count);
+      sum += v.x ^ v.y ^ v.z ^ v.w;
+    }
+  }
+  if (sum == 1) out[0] = sum;
+}
+
+__global__ void read_shared(int rounds, unsigned* out) {
+  extern __shared__ uint4 memory[];
+  constexpr int kCount = 2048;  // 32 KB
+  for (int i = threadIdx.x; i < kCount; i += kThreads) memory[i] = make_uint4(i, i, i, i);
+  __syncthreads();
+  unsigned sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < kCount; i += kThreads) {
+      const volatile uint4* at = &memory[(i + round) % kCount];
+      sum += at->x ^ at->y ^ at->z ^ at->w;
+    }
+  }
+  if (sum == 1) out[0] = sum;
+}
+
+template <class Launch>
+double milliseconds(Launch&& launch) {
+  cudaEvent_t start, end;
+  check(cudaEventCreate(&start), "event");
+  check(cudaEventCreate(&end), "event");
+  std::vector<float> times;
+  for (int i = 0; i <= kRepeats; ++i) {
+    check(cudaEventRecord(start), "record");
+    launch();
+    check(cudaGetLastError(), "launch");
+    check(cudaEventRecord(end), "record");
+    check(cudaEventSynchronize(end), "kernel");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, start, end), "elapsed");
+    if (i > 0) times.push_back(ms);  // the first one loads the code
+  }
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+template <class... Parameters>
+void launch_together(void (*kernel)(Parameters...), int blocks, Parameters... parameters) {
+  void* arguments[] = {&parameters...};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), dim3(blocks), dim3(kThreads),
+                                    arguments),
+        "cooperative launch");
+}
+
+double cluster_microseconds(int size, int blocks, unsigned* out) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks / size * size);
+  config.blockDim = dim3(kThreads);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return milliseconds(
+             [&] { check(cudaLaunchKernelEx(&config, cluster_exchange, out), "cluster launch"); }) *
+         1e3 / kRounds;
+}
+
+}  // namespace
+
+int main() {
+  cudaDeviceProp device;
+  check(cudaGetDeviceProperties(&device, 0), "device");
+  const int blocks = device.multiProcessorCount;
+  void* memory;
+  const size_t words = size_t{2} * blocks * kThreads, buffer = 16 << 20;
+  check(cudaMalloc(&memory, std::max(words * sizeof(uint64_t), buffer)), "memory");
+  std::printf("{\"device\": \"%s\", \"multiprocessors\": %d", device.name, blocks);
+
+  std::printf(",\n \"grid_barrier_us\": {");
+  for (int n = 2, first = 1; n <= blocks; n = n < blocks ? std::min(2 * n, blocks) : n + 1) {
+    const double us = milliseconds([&] {
+                        check(cudaMemsetAsync(memory, 0, sizeof(unsigned)), "memset");
+                        launch_together(grid_barrier, n, static_cast<unsigned*>(memory));
+                      }) *
+                      1e3 / kRounds;
+    std::printf("%s\"%d\": %.3f", first ? "" : ", ", n, us);
+    first = 0;
+  }
+
+  std::printf("},\n \"flag_exchange_us\": {");
+  for (int group = 2; group <= 32 && group <= blocks; group *= 2) {
+    const double us = milliseconds([&] {
+                        check(cudaMemsetAsync(memory, 0, words * sizeof(uint64_t)), "memset");
+                        launch_together(flag_exchange, blocks / group * group,
+                                        static_cast<uint64_t*>(memory), group);
+                      }) *
+                      1e3 / kRounds;
+    std::printf("%s\"%d\": %.3f", group == 2 ? "" : ", ", group, us);
+  }
+  std::printf("}");
+
+  if (device.major >= 9) {
+    std::printf(",\n \"cluster_exchange_us\": {");
+    for (int size = 2; size <= 8; size *= 2) {
+      const double us = cluster_microseconds(size, blocks, static_cast<unsigned*>(memory));
+      std::printf("%s\"%d\": %.3f", size == 2 ? "" : ", ", size, us);
+    }
+    std::printf("}");
+  }
+
+  check(cudaMemset(memory, 0, buffer), "memset");
+  unsigned* out = static_cast<unsigned*>(memory);
+  const int reads = 8, passes = 20000;
+  const double l2 = milliseconds([&] {
+    read_l2<<<2 * blocks, kThreads>>>(static_cast<const uint4*>(memory), buffer / 16, reads, out);
+  });
+  const double shared =
+      milliseconds([&] { read_shared<<<blocks, kThreads, 32 << 10>>>(passes, out); });
+  std::printf(",\n \"l2_gb_s\": %.0f, \"shared_gb_s\": %.0f}\n",
+              2.0 * blocks * reads * static_cast<double>(buffer) / l2 / 1e6,
+              static_cast<double>(blocks) * passes * (32 << 10) / shared / 1e6);
+  check(cudaFree(memory), "free");
+  return 0;
+}
