@@ -183,7 +183,7 @@ def run_op(args: LayerInputs, save: bool = True) -> tuple[Tensor, ...]:
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Return fixed random output gradients, the same for equal shapes and exact in float32."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+    return [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in outputs]
 
 
 def evaluate(

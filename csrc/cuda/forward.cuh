@@ -58,14 +58,15 @@ template <class T>
 __device__ void put_state(const ForwardStep<T>& s, int d, int k, int64_t j, int64_t u,
                           Value<Accumulator<T>> value) {
   const ForwardProblem<T>& p = s.p;
+  using V = Value<Accumulator<T>>;
   const ForwardDirection<T>& io = p.dir[d];
   const int64_t width = k == 0 ? p.P : p.H, at = p.seq.batch_row(j) * width + u;
   if (k == 0) put(io.y + data_row(p.seq, p.y_rows, s.now[d], j) * p.D * p.P + u, value);
   if (!runs(p.seq, s.next[d], j)) return put(io.final[k] + at, value);
   const int64_t boundary = s.now[d].t > s.next[d].t ? s.now[d].t : s.next[d].t;
   if (p.seq.reset_at(boundary, j)) {
-    using V = Value<Accumulator<T>>;
     value = io.reset[k] ? fetch(io.reset[k] + at) : V(Accumulator<T>(0));
+    if (!valid_length(p.seq, j)) value = V(Accumulator<T>(NAN));
   }
   if (k == 0) {
     put(s.scratch[d].h[s.slot ^ 1] + j * width + u, value);

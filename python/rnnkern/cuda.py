@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -32,8 +33,9 @@ _NAMES = {
 
 def uses_tf32() -> bool:
     """Return whether torch's own RNN would use TF32 for float32 data."""
-    rnn = getattr(torch.backends.cudnn, "rnn", None)  # from torch 2.9 on
-    return bool(rnn.fp32_precision == "tf32" if rnn else torch.backends.cudnn.allow_tf32)
+    rnn = getattr(torch.backends.cudnn, "rnn", None)
+    precision = getattr(rnn, "fp32_precision", None)  # from torch 2.9 on
+    return bool(torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32")
 
 
 class Cuda(Backend):
@@ -110,7 +112,15 @@ class Cuda(Backend):
         size = run(cell.index, (device, stream, 0, tf32), *problem)
         # The allocator hands it on only to work that comes later on the same stream.
         workspace = like.new_empty(size, dtype=torch.uint8)
-        run(cell.index, (device, stream, workspace.data_ptr(), tf32), *problem)
+        with _current(like.device):
+            run(cell.index, (device, stream, workspace.data_ptr(), tf32), *problem)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU current; torch's guard, unlike the runtime's, makes no context on another one."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -125,7 +135,8 @@ def _missing(index: int) -> str | None:
     if native is None:
         reason = "this build has no CUDA kernels (no CUDA compiler was found)"
     else:
-        problem: str = native.device_problem(index)
+        with _current(torch.device("cuda", index)) if torch.cuda.is_available() else nullcontext():
+            problem: str = native.device_problem(index)
         reason = f"the CUDA kernels do not run on device {index} ({problem})" if problem else ""
     if reason:
         warnings.warn(f"rnnkern: {reason}; the reference runs instead", stacklevel=2)
@@ -154,6 +165,13 @@ def summary() -> str:
     return "rnnkern._cuda is built; " + "; ".join(devices)
 
 
+def _without_autocast() -> AbstractContextManager[object]:
+    """Keep autocast from changing the types of the products inside an operator."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+    guard: AbstractContextManager[object] = torch._C._ExcludeDispatchKeyGuard(keys)
+    return guard
+
+
 def _backend() -> Cuda:
     native = cuda_module()
     if native is None:
@@ -163,9 +181,11 @@ def _backend() -> Cuda:
 
 def layer(*args: Any) -> tuple[Tensor, ...]:
     """Run ``rnnkern::layer``."""
-    return kernels.layer(_backend(), *args)
+    with _without_autocast():
+        return kernels.layer(_backend(), *args)
 
 
 def layer_backward(*args: Any) -> tuple[Tensor, ...]:
     """Run ``rnnkern::layer_backward``."""
-    return kernels.layer_backward(_backend(), *args)
+    with _without_autocast():
+        return kernels.layer_backward(_backend(), *args)

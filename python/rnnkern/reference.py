@@ -183,6 +183,7 @@ def layer(
         The output, [T,B,D·P] or [N,D·P], and the final states, like `initial`.
     """
     function = REFERENCES[cell]
+    resets, order = (None if t is None else t.to(input.device) for t in (resets, order))
     if batch_first:
         input = input.transpose(0, 1)
         resets = None if resets is None else resets.transpose(0, 1)

@@ -114,9 +114,8 @@ def test_wrong_lengths_on_the_device_make_their_row_nan(
     host: Host, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "check_lengths", lambda a, _: a.lengths)  # nobody on the host looks
-    good = build(Case("lstm", T=5, B=3, D=2), torch.float32)._replace(
-        lengths=torch.tensor([5, 3, 2])
-    )
+    case = Case("lstm", T=5, B=3, D=2, resets=True, reset_state=True)
+    good = build(case, torch.float32)._replace(lengths=torch.tensor([5, 3, 2]))
     bad = good._replace(lengths=torch.tensor([5, length, 2]))
     for found, wanted in zip(run_op(bad), run_op(good), strict=True):
         assert found[:, 1].isnan().all()
