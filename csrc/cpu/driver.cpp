@@ -1,3 +1,4 @@
+// The ISA table and its choice at load; one call: plan, scratch, team.
 #include "cpu/driver.h"
 
 #include <algorithm>

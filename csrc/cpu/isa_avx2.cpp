@@ -1,3 +1,4 @@
+// The kernels, compiled for AVX2 and FMA; the flags stand in CMakeLists.txt.
 #include "cpu/isa.h"
 
 namespace rnnkern {

@@ -1,3 +1,4 @@
+// The kernels, compiled for AVX-512 F, VL, DQ and BW; the flags stand in CMakeLists.txt.
 #include "cpu/isa.h"
 
 namespace rnnkern {

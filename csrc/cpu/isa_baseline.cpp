@@ -1,3 +1,4 @@
+// The kernels, compiled for the compiler's default; the flags stand in CMakeLists.txt.
 #include "cpu/isa.h"
 
 namespace rnnkern {

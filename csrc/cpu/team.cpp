@@ -1,3 +1,4 @@
+// The barrier, the fork watch, and the team on OpenMP (or std::thread, for ThreadSanitizer).
 #include "cpu/team.h"
 
 #include <algorithm>
