@@ -34,6 +34,9 @@ enum class Extra {
   output,              // h before its projection; asked for only when there is a projection
 };
 
+template <class Cell, int phase>
+constexpr int phase_gates = Cell::first[phase + 1] - Cell::first[phase];
+
 // The values of one unit in forward. Arrays of length S, K may be of length 0 in the contract; they
 // are given one unused element, since C++ has no empty arrays.
 template <class Cell, class V>

@@ -99,6 +99,15 @@ struct BackwardProblem {
   BackwardDirection<T, A> dir[kMaxDirections];
 };
 
+// Whether the sizes of a forward or backward problem can be run, by a cell that may have a
+// projection or not.
+template <class Problem>
+bool valid_sizes(const Problem& p, bool may_project) {
+  const bool sizes =
+      p.seq.T >= 1 && p.seq.B >= 1 && p.H >= 1 && p.P >= 1 && p.D >= 1 && p.D <= kMaxDirections;
+  return sizes && (p.dir[0].W_hr ? may_project : p.P == p.H);
+}
+
 // out = a·wᵀ + b
 template <class T>
 struct LinearProblem {

@@ -140,10 +140,7 @@ Status run_product(const ProductKernel<Problem, T>& kernel, const Problem& probl
 template <class Problem>
 Status check(int cell, const Problem& p) {
   if (cell < 0 || cell >= cell_count()) return Status::unknown_cell;
-  const bool sizes =
-      p.seq.T >= 1 && p.seq.B >= 1 && p.H >= 1 && p.P >= 1 && p.D >= 1 && p.D <= kMaxDirections;
-  const bool projection = p.dir[0].W_hr ? cells[cell].projects : p.P == p.H;
-  return sizes && projection ? Status::ok : Status::bad_problem;
+  return valid_sizes(p, cells[cell].projects) ? Status::ok : Status::bad_problem;
 }
 
 }  // namespace

@@ -79,8 +79,5 @@ RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand,
           RNNKERN_LAMBDA { fetch(place.sorted_row(m), u, count); });
 }
 
-template <class Cell, int phase>
-constexpr int phase_gates = Cell::first[phase + 1] - Cell::first[phase];
-
 }  // namespace
 }  // namespace rnnkern

@@ -274,10 +274,7 @@ constexpr CellDriver<T> cell_drivers[] = {
 template <class T, class Problem>
 Status check_problem(int cell, const Problem& p) {
   if (cell < 0 || cell >= cuda_cell_count()) return Status::unknown_cell;
-  const bool sizes =
-      p.seq.T >= 1 && p.seq.B >= 1 && p.H >= 1 && p.P >= 1 && p.D >= 1 && p.D <= kMaxDirections;
-  const bool projection = p.dir[0].W_hr ? cell_drivers<T>[cell].projects : p.P == p.H;
-  return sizes && projection ? Status::ok : Status::bad_problem;
+  return valid_sizes(p, cell_drivers<T>[cell].projects) ? Status::ok : Status::bad_problem;
 }
 
 template <class T, class Problem, class Run>

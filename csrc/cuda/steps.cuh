@@ -47,9 +47,6 @@ struct Tile {
   __device__ int64_t row(int n) const { return j0 + threadIdx.x / kUnits + 8 * n; }
 };
 
-template <class Cell, int phase>
-constexpr int phase_gates = Cell::first[phase + 1] - Cell::first[phase];
-
 template <class T>
 __device__ __forceinline__ Value<Accumulator<T>> fetch(const T* at) {
   return Value<Accumulator<T>>(widen(*at));

@@ -9,13 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnkern.arguments import (
-    DIFFERENTIABLE,
-    BackwardInputs,
-    LayerInputs,
-    Sizes,
-    sizes_of,
-)
+from rnnkern.arguments import DIFFERENTIABLE, BackwardInputs, LayerInputs, Sizes, sizes_of
 from rnnkern.cells import Cell
 
 STEERING = ("batch_sizes", "order", "lengths", "resets")

@@ -56,9 +56,8 @@ class _Cpu(Backend):
                 active = s.B - torch.searchsorted(lengths.sort().values, steps, right=True)
                 padding = steps.unsqueeze(1) >= lengths
         check_resets(a, s)
-        resets, strides = None if a.resets is None else a.resets.cpu(), kernels.no_strides
-        if resets is not None:
-            strides = kernels.time_major_strides(resets, a.batch_first)
+        resets = None if a.resets is None else a.resets.cpu()
+        strides = kernels.time_major_strides(resets, a.batch_first)
         native = (s.T, s.B, *map(address, (active, order, offset, resets)), *strides, 0)
         return Steps(native, (active, order, offset, resets), padding)
 

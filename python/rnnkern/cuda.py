@@ -85,15 +85,13 @@ class Cuda(Backend):
             else:
                 order = integers("order", a.order, (s.B,), device).clamp(0, s.B - 1)
         elif a.lengths is not None:
-            on_host = a.lengths.device.type == "cpu" and check_lengths(a, s)
-            if on_host is not None:
+            on_device = a.lengths.device.type != "cpu"
+            if on_device or check_lengths(a, s) is not None:
                 lengths = integers("lengths", a.lengths, (s.B,), device)
                 padding = torch.arange(s.T, device=device).unsqueeze(1) >= lengths
         check_resets(a, s)
-        resets, strides = a.resets, kernels.no_strides
-        if resets is not None:
-            resets = resets.to(device, non_blocking=True)
-            strides = kernels.time_major_strides(resets, a.batch_first)
+        resets = None if a.resets is None else a.resets.to(device, non_blocking=True)
+        strides = kernels.time_major_strides(resets, a.batch_first)
         native = (s.T, s.B, *map(address, (active, order, offset, resets)), *strides)
         return Steps((*native, address(lengths)), (active, order, offset, resets, lengths), padding)
 

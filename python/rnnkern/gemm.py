@@ -1,4 +1,4 @@
-"""The one matrix product of the package: equal bit for bit for every number of threads, and fast.
+"""The CPU's dense products around the recurrence, equal bit for bit for every number of threads.
 
 Large float32 products go to oneDNN, through the operator torch's own compiler uses for
 ``nn.Linear``. What ``torch.mm`` calls on x86, MKL, keeps AVX-512 off on CPUs that are not Intel's,

@@ -71,11 +71,10 @@ class Backend(ABC):
         """Run it backward; `problem`: sequence, sizes, directions."""
 
 
-no_strides = (0, 0)
-
-
-def time_major_strides(t: Tensor, batch_first: bool) -> tuple[int, int]:
+def time_major_strides(t: Tensor | None, batch_first: bool) -> tuple[int, int]:
     """Return the strides of steps and rows in a [T,B] tensor, [B,T] with `batch_first`."""
+    if t is None:
+        return 0, 0
     a, b = t.stride()
     return (b, a) if batch_first else (a, b)
 

@@ -59,9 +59,8 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
     hn = new((s.D, s.B, s.P))
     cn = new(0) if a.c0 is None else new((s.D, s.B, s.H))
-    # 16-bit data is kept as it is on a GPU only.
-    narrow = a.input.device.type == "cuda" or a.input.dtype == torch.float64
-    dtype = a.input.dtype if narrow else torch.float32
+    on_gpu, dtype = a.input.device.type == "cuda", a.input.dtype
+    dtype = dtype if on_gpu else cpu.BACKEND.computed(dtype)
     shapes = ((s.N, s.D * s.G * s.H), (s.D, s.N, s.P), (s.D, s.N, cell.saved * s.H))
     kept = [new(shape if save else 0, dtype=dtype) for shape in shapes]
     return y, hn, cn, *kept
