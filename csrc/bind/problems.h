@@ -48,12 +48,15 @@ void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes,
   if (p.D > kMaxDirections) throw py::value_error("directions: at most 2");
 }
 
-// (reverse, R, b, W_hr, x, h0, c0, reset_h, reset_c, hn, cn, y, h_prev, saved)
+// Sizes as above and (I, input); directions (reverse, W, b_ih, R, b, W_hr, x, h0, c0, reset_h,
+// reset_c, hn, cn, y, h_prev, saved)
 template <class T>
 ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, bool training,
                                   const py::tuple& directions) {
   ForwardProblem<T> p{};
   set_sizes(p, seq, sizes, directions);
+  p.I = integer(sizes[4]);
+  p.input = pointer<const T>(sizes[5]);
   p.training = training;
   for (size_t d = 0; d < directions.size(); ++d) {
     const auto t = directions[d].cast<py::tuple>();
@@ -61,13 +64,15 @@ ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, 
                 pointer<const T>(t[1]),
                 pointer<const T>(t[2]),
                 pointer<const T>(t[3]),
-                pointer<T>(t[4]),
-                {pointer<const T>(t[5]), pointer<const T>(t[6])},
+                pointer<const T>(t[4]),
+                pointer<const T>(t[5]),
+                pointer<T>(t[6]),
                 {pointer<const T>(t[7]), pointer<const T>(t[8])},
-                {pointer<T>(t[9]), pointer<T>(t[10])},
-                pointer<T>(t[11]),
-                pointer<T>(t[12]),
-                pointer<T>(t[13])};
+                {pointer<const T>(t[9]), pointer<const T>(t[10])},
+                {pointer<T>(t[11]), pointer<T>(t[12])},
+                pointer<T>(t[13]),
+                pointer<T>(t[14]),
+                pointer<T>(t[15])};
   }
   return p;
 }

@@ -1,8 +1,8 @@
 // The problem structs: everything a driver needs to run one recurrent layer over a whole sequence.
 //
 // Sizes: T steps, B batch rows, H hidden units, P state width (H, or the projected size), D
-// directions, G gates, S states, K saved values per unit, N data rows (T·B padded, or the packed
-// total).
+// directions, I input features, G gates, S states, K saved values per unit, N data rows (T·B padded,
+// or the packed total).
 //
 // Rows. Every per-step buffer is two-dimensional, [rows, width]. A step t runs the `active[t]`
 // first rows of the batch in sorted order (longest first), so lengths and packed sequences need no
@@ -51,11 +51,13 @@ struct Sequence {
 template <class T>
 struct ForwardDirection {
   bool reverse;                  // runs t = T-1 .. 0
+  const T* W;                    // [G,H,I] input weights
+  const T* b_ih;                 // [G,H] input bias, or null
   const T* R;                    // [G,H,P] recurrent weights
   const T* b;                    // [G,H] recurrent bias, or null
   const T* W_hr;                 // [P,H] projection, or null
-  T* x;                          // this direction's part of [N,D,G,H], in: W·input + b; out, in
-                                 // training: activated gates
+  T* x;                          // this direction's part of [N,D,G,H]; in (CUDA): W·input + b_ih;
+                                 // out, in training: activated gates
   const T* initial[kMaxStates];  // h0 [B,P], c0 [B,H]
   const T* reset[kMaxStates];    // state before a reset step: [B,P], [B,H], or null: zero
   T* final[kMaxStates];          // hn [B,P], cn [B,H]
@@ -67,8 +69,9 @@ struct ForwardDirection {
 template <class T>
 struct ForwardProblem {
   Sequence seq;
-  int64_t H, P, D;
-  Rows x_rows, y_rows;  // rows of x, h_prev and saved; rows of y
+  int64_t H, P, D, I;
+  Rows x_rows, y_rows;  // rows of input, x, h_prev and saved; rows of y
+  const T* input;       // [N,I] (CPU)
   bool training;
   ForwardDirection<T> dir[kMaxDirections];
 };

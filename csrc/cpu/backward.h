@@ -53,6 +53,7 @@ class BackwardLoop {
     w.D = p_.D;
     w.weights = G * p_.H * p_.P + (projects_ ? p_.H * p_.P : 0);
     w.outputs = 2 * G * p_.H + (projects_ ? p_.P : 0);
+    w.packs = true;
     w.panels = s.first.panels(p_.P);
     if (F == 2) w.panels = minimum(w.panels, s.second.panels(p_.H));
     if (projects_) w.panels = minimum(w.panels, s.projection.panels(p_.H));

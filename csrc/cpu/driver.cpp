@@ -102,12 +102,14 @@ template <class Problem, class T>
 Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int threads) {
   const Plan plan = make_plan(kernel.work(problem), usable_threads(threads));
   const auto scratch = allocate<T>(kernel.scratch_elements(problem));
-  const int groups = plan.direction_groups * plan.row_groups;
+  const int first = 1 + plan.direction_groups;  // see Place for their order
+  const int count = first + plan.direction_groups * plan.row_groups;
   const std::unique_ptr<Barrier[]> barriers(new (std::nothrow)
-                                                Barrier[static_cast<size_t>(groups) + 1]);
+                                                Barrier[static_cast<size_t>(count)]);
   if (!scratch || !barriers) return Status::out_of_memory;
   barriers[0].set_members(plan.threads());
-  for (int g = 1; g <= groups; ++g) barriers[g].set_members(plan.unit_groups);
+  for (int i = 1; i < count; ++i)
+    barriers[i].set_members(plan.unit_groups * (i < first ? plan.row_groups : 1));
   Call<Problem, T> call{kernel, problem, plan, scratch.get(), barriers.get()};
   run_team(plan.threads(), Call<Problem, T>::body, &call);
   return Status::ok;

@@ -8,7 +8,7 @@
 // step comes later finds the initial state that was put there at the start.
 #pragma once
 
-#include "cpu/loop.h"
+#include "cpu/input.h"
 
 namespace rnnkern {
 namespace {
@@ -27,10 +27,13 @@ class ForwardLoop {
     Carver<T> carver{base};
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
-      s.first = {p_.P, p_.H, carver.take(decltype(s.first)::size(p_.P, p_.H))};
-      if constexpr (F == 2)
-        s.second = {p_.H, p_.H, carver.take(decltype(s.second)::size(p_.H, p_.H))};
-      if (projects_) s.projection = {p_.H, p_.P, carver.take(Weights<T, 1>::size(p_.H, p_.P))};
+      s.input = {p_, d, carver};
+      const auto place = [&](auto& w, int64_t K, int64_t N) {
+        w = {K, N, few_rows(p_.seq) ? nullptr : carver.take(w.size(K, N))};
+      };
+      place(s.first, p_.P, p_.H);
+      if constexpr (F == 2) place(s.second, p_.H, p_.H);
+      if (projects_) place(s.projection, p_.H, p_.P);
       s.h[0] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
       s.h[1] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
       if (S == 2) s.c = Matrix<T>::carve(carver, p_.seq.B, p_.H);
@@ -49,6 +52,8 @@ class ForwardLoop {
     w.D = p_.D;
     w.weights = G * p_.H * p_.P + (projects_ ? p_.H * p_.P : 0);
     w.outputs = G * p_.H + (projects_ ? p_.P : 0);
+    w.inputs = G * p_.H * p_.I;
+    w.packs = !few_rows(p_.seq);
     w.panels = s.first.panels(p_.H);
     if constexpr (F == 2) w.panels = minimum(w.panels, s.second.panels(p_.H));
     if (projects_) w.panels = minimum(w.panels, s.projection.panels(p_.P));
@@ -64,12 +69,16 @@ class ForwardLoop {
     const Range mine = part(p_.D, place.direction_group, plan.direction_groups);
     for (int64_t d = mine.begin; d < mine.end; ++d) prepare(static_cast<int>(d), place);
     if (plan.threads() > 1) barriers[0].wait();
-    Barrier* barrier = plan.unit_groups > 1 ? &barriers[place.barrier()] : nullptr;
-    for (int64_t d = mine.begin; d < mine.end; ++d) time_loop(static_cast<int>(d), place, barrier);
+    for (int64_t d = mine.begin; d < mine.end; ++d) {
+      time_loop(static_cast<int>(d), place,
+                place.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
+                place.unit_groups > 1 ? &barriers[place.barrier()] : nullptr);
+    }
   }
 
  private:
   struct Direction {
+    InputProduct<T, G> input;
     Weights<T, phase_gates<Cell, 0>> first;
     Weights<T, phase_gates<Cell, F - 1>> second;
     Weights<T, 1> projection;
@@ -88,9 +97,9 @@ class ForwardLoop {
   void prepare(int d, const Place& place) {
     Direction& s = dir_[d];
     const ForwardDirection<T>& io = p_.dir[d];
+    s.input.prepare(place);
     const auto pack = [&](auto& w, const T* R, int64_t ldr, const T* b) {
-      const Range mine = part(w.panels(w.N), place.index, place.count);
-      w.pack_rows(R, ldr, b, mine.begin, mine.end);
+      w.set_rows(R, ldr, b, part(w.panels(w.N), place.index, place.count));
     };
     pack(s.first, io.R, p_.P, io.b);
     if constexpr (F == 2) {
@@ -140,15 +149,25 @@ class ForwardLoop {
 
   int64_t state_width(int k) const { return k == 0 ? p_.P : p_.H; }
 
-  void time_loop(int d, const Place& place, Barrier* barrier) {
+  // Chunks of x, and their steps. `all`: of the threads that share the direction; `barrier`: of
+  // those that share its rows.
+  void time_loop(int d, const Place& place, Barrier* all, Barrier* barrier) {
     const bool reverse = p_.dir[d].reverse;
+    InputProduct<T, G>& input = dir_[d].input;
+    const int64_t T_ = p_.seq.T;
     int slot = 0;
-    for (int64_t s = 0; s < p_.seq.T; ++s) {
+    for (int64_t s = 0; s < T_; ++s) {
+      if (s % input.steps() == 0) {
+        const int64_t last = minimum(T_, s + input.steps());
+        if (all && s > 0) all->wait();  // the others have read the chunk before
+        input.run(reverse ? T_ - last : s, reverse ? T_ - s : last, place);
+        if (all) all->wait();
+      }
       Step step;
-      step.t = reverse ? p_.seq.T - 1 - s : s;
+      step.t = reverse ? T_ - 1 - s : s;
       step.t_next = reverse ? step.t - 1 : step.t + 1;
       step.rows = p_.seq.rows_at(step.t);
-      step.rows_next = s + 1 < p_.seq.T ? p_.seq.rows_at(step.t_next) : 0;
+      step.rows_next = s + 1 < T_ ? p_.seq.rows_at(step.t_next) : 0;
       step.slot = slot;
       if (step.rows == 0) continue;
       phase<0>(d, step, place);
@@ -176,7 +195,7 @@ class ForwardLoop {
     const auto emit = [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
       const int64_t row = p_.seq.data_row(p_.x_rows, step.t, j);
       ForwardUnit<Cell, P> unit;
-      T* x = io.x + row * p_.D * G * H + u;
+      T* x = s.input.at(step.t, j) + u;
       for (int g = 0; g < g1; ++g) unit.gate[g] = load(x + g * H, n);
       for (int g = g0; g < g1; ++g) unit.r[g] = P::load(r + (g - g0) * L);
       if (!Cell::projects) unit.prev[0] = load(s.h[step.slot].row(j) + u, n);
@@ -200,8 +219,8 @@ class ForwardLoop {
       }
     };
     const auto fetch = [&](int64_t j, int64_t u, int64_t count) RNNKERN_LAMBDA {
-      const int64_t row = p_.seq.data_row(p_.x_rows, step.t, j);
-      for (int g = g0; g < g1; ++g) prefetch(io.x + (row * p_.D * G + g) * H + u, count);
+      const T* x = s.input.at(step.t, j) + u;
+      for (int g = g0; g < g1; ++g) prefetch(x + g * H, count);
     };
     if constexpr (phase_index == 0) {
       run_stage(s.first, operand, place, step.rows, step.rows, emit, fetch);

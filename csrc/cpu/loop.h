@@ -46,10 +46,13 @@ struct Matrix {
 // A thread's place: its group of directions, every row_groups-th row, its part of every product's
 // panels. Rows are dealt out in turn because the sorted order puts the long ones first.
 struct Place {
-  int direction_group, row_group, row_groups, unit_group, unit_groups;
+  int direction_group, direction_groups, row_group, row_groups, unit_group, unit_groups;
   int index, count;  // among all threads of the direction group
 
-  Place(const Plan& plan, int rank) : row_groups(plan.row_groups), unit_groups(plan.unit_groups) {
+  Place(const Plan& plan, int rank)
+      : direction_groups(plan.direction_groups),
+        row_groups(plan.row_groups),
+        unit_groups(plan.unit_groups) {
     count = row_groups * unit_groups;
     direction_group = rank / count;
     index = rank % count;
@@ -60,8 +63,12 @@ struct Place {
     return n > row_group ? (n - row_group + row_groups - 1) / row_groups : 0;
   }
   int64_t sorted_row(int64_t m) const { return m * row_groups + row_group; }
-  // Barrier 0 is the whole team's; then one for every group of threads that exchange states.
-  int barrier() const { return 1 + direction_group * row_groups + row_group; }
+  // Barrier 0 is the whole team's; then come those of the direction groups, and then one for every
+  // group of threads that exchange states.
+  int direction_barrier() const { return 1 + direction_group; }
+  int barrier() const {
+    return 1 + direction_groups + direction_group * row_groups + row_group;
+  }
 };
 
 // One product over this thread's rows and panels; emit and fetch get the sorted row.

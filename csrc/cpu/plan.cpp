@@ -13,7 +13,7 @@ namespace {
 constexpr double kGigahertz = 3.5;
 constexpr double kBarrier = 0.25;           // µs, two to eight cores of one socket
 constexpr double kTeamStart = 3.0;          // µs, to wake the pool
-constexpr double kPackPerElement = 0.5e-3;  // µs
+constexpr double kPackPerElement = 0.1e-3;  // µs
 constexpr double kPointwise = 4e-3;         // µs for a vector of outputs: loads, gate math, stores
 constexpr double kL1 = 32e3, kL2 = 1e6, kL3 = 24e6;  // bytes of weights each level holds
 constexpr double kL1Rate = 300e3, kL2Rate = 100e3, kL3Rate = 50e3;  // bytes per µs and core
@@ -37,10 +37,12 @@ double call_microseconds(const Work& work, Plan& plan) {
   const double bytes = elements * work.element_bytes;
   const double product =
       std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes));
+  const double input = 2 * static_cast<double>(work.inputs) * panels * rows / flops_per_us;
   const double pointwise = static_cast<double>(work.outputs) * panels * rows / lanes * kPointwise;
   const double barrier = plan.unit_groups > 1 ? work.stages * kBarrier : 0;
-  plan.step_microseconds = directions * (product + pointwise + barrier);
-  const double pack = static_cast<double>(work.D * work.weights) * kPackPerElement / plan.threads();
+  plan.step_microseconds = directions * (input + product + pointwise + barrier);
+  const double packed = work.packs ? static_cast<double>(work.D * (work.weights + work.inputs)) : 0;
+  const double pack = packed * kPackPerElement / plan.threads();
   return static_cast<double>(work.T) * plan.step_microseconds + pack +
          (plan.threads() > 1 ? kTeamStart : 0);
 }

@@ -15,6 +15,8 @@ namespace rnnkern {
 struct Work {
   int64_t T, B, D;
   int64_t weights;  // recurrent weight elements of one direction
+  int64_t inputs;   // input weight elements of one direction, if the call multiplies by them
+  bool packs;       // whether the weights are packed before the first step
   int64_t outputs;  // sum of the outputs of one step's products, per row and direction
   int64_t panels;   // the fewest panels that any of its products has
   int stages;       // products, and so barriers, in one step

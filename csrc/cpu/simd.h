@@ -139,6 +139,52 @@ RNNKERN_INLINE void store(T* p, Pack<T> a, int n) {
   }
 }
 
+// Interleave<L>::run takes lanes of a and b in turn, of their lower or of their upper halves:
+// a0 b0 a1 b1 ..
+template <int n, int... lane>
+struct Interleave : Interleave<n - 1, n - 1, lane...> {};
+template <int... lane>
+struct Interleave<0, lane...> {
+  template <bool upper, class Raw>
+  RNNKERN_INLINE static Raw run(Raw a, Raw b) {
+    constexpr int L = sizeof...(lane);
+    return __builtin_shufflevector(a, b, (lane / 2 + upper * L / 2 + lane % 2 * L)...);
+  }
+};
+template <bool upper, class T>
+RNNKERN_INLINE Pack<T> interleave(Pack<T> a, Pack<T> b) {
+  return Interleave<Pack<T>::lanes>::template run<upper>(a.v, b.v);
+}
+
+// Turns L registers of L lanes, the rows of a square, into its columns.
+template <class T>
+RNNKERN_INLINE void transpose(Pack<T> (&r)[Pack<T>::lanes]) {
+  constexpr int L = Pack<T>::lanes;
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    Pack<T> next[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = interleave<false>(r[i], r[i + L / 2]);
+      next[2 * i + 1] = interleave<true>(r[i], r[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] = next[i];
+  }
+}
+
+// Lane l of the result is the sum of the lanes of r[l].
+template <class T>
+RNNKERN_INLINE Pack<T> sums(Pack<T> (&r)[Pack<T>::lanes]) {
+#pragma GCC unroll 4
+  for (int n = Pack<T>::lanes / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      r[i] = interleave<false>(r[i], r[i + n]) + interleave<true>(r[i], r[i + n]);
+  }
+  return r[0];
+}
+
 // Asks for n elements ahead of their use.
 template <class T>
 RNNKERN_INLINE void prefetch(const T* p, int64_t n) {

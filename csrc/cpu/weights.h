@@ -21,6 +21,7 @@
 // the same for every split over threads, and the rounding error grows with kChain and not with K.
 #pragma once
 
+#include "core/problem.h"
 #include "cpu/simd.h"
 
 namespace rnnkern {
@@ -73,38 +74,80 @@ struct Weights {
   static constexpr int units = NU * L;  // units a panel covers
 
   int64_t K = 0, N = 0;  // operand elements, units
-  T* data = nullptr;     // [panels][1 + K][NU][NG][L]
+  T* data = nullptr;     // [panels][1 + K][NU][NG][L]; null: not packed
+  const T* rows = nullptr;  // [NG,N,K], rows ld apart, where the weights are not packed
+  int64_t ld = 0;
+  const T* bias = nullptr;  // [NG,N], or null
 
   static int64_t panels(int64_t N) { return (N + units - 1) / units; }
   static int64_t size(int64_t K, int64_t N) { return panels(N) * (1 + K) * NV * L; }
   T* panel(int64_t index) const { return data + index * (1 + K) * NV * L; }
 
-  // Panels [begin, end) from the rows of R: unit n of gate g is row g·N + n, operand element k its
-  // column.
-  void pack_rows(const T* R, int64_t ldr, const T* bias, int64_t begin, int64_t end) const {
-    constexpr int64_t chunk = 32;  // columns at a time, so that the scattered stores stay in L1
+  // Unit n of gate g is row g·N + n of R, operand element k its column: packs the panels in `mine`,
+  // or where there is no room for that, lets every product read R itself.
+  void set_rows(const T* R, int64_t ldr, const T* b, Range mine) {
+    if (data) return pack_rows(R, ldr, b, mine.begin, mine.end);
+    rows = R;
+    ld = ldr;
+    bias = b;
+  }
+
+  void pack_rows(const T* R, int64_t ldr, const T* b, int64_t begin, int64_t end) const {
     for (int64_t p = begin; p < end; ++p) {
       for (int v = 0; v < NV; ++v) {
         const int64_t n0 = p * units + v / NG * L;
         const int64_t r0 = v % NG * N + n0;
         T* out = panel(p) + v * L;
         const int64_t lanes = clamp(N - n0, 0, L);
-        for (int l = 0; l < L; ++l) out[l] = bias && l < lanes ? bias[r0 + l] : T(0);
+        for (int l = 0; l < L; ++l) out[l] = b && l < lanes ? b[r0 + l] : T(0);
       }
-      for (int64_t k0 = 0; k0 < K; k0 += chunk) {
-        const int64_t k1 = minimum(K, k0 + chunk);
-        for (int v = 0; v < NV; ++v) {
-          const int64_t n0 = p * units + v / NG * L;
-          const T* in = R + (v % NG * N + n0) * ldr;
-          T* out = panel(p) + (NV + v) * L;
-          const int64_t lanes = clamp(N - n0, 0, L);
-          for (int64_t l = 0; l < L; ++l) {
-            // The next panel's, since no hardware follows this many rows at once.
-            if (n0 + l + units < N) prefetch(in + (l + units) * ldr + k0, k1 - k0);
-            for (int64_t k = k0; k < k1; ++k)
-              out[k * NV * L + l] = l < lanes ? in[l * ldr + k] : T(0);
-          }
+      for (int v = 0; v < NV; ++v) {
+        const int64_t n0 = p * units + v / NG * L;
+        const int64_t lanes = clamp(N - n0, 0, L);
+        for (int64_t k = 0; k < K; k += L) {
+          Pack<T> square[L];
+          load_square(R + (v % NG * N + n0) * ldr + k, ldr, lanes, minimum(L, K - k), square);
+          transpose(square);
+          T* out = panel(p) + ((1 + k) * NV + v) * L;
+          for (int64_t l = 0; l < minimum(L, K - k); ++l) square[l].store(out + l * NV * L);
         }
+      }
+    }
+  }
+
+  // rows × columns of a matrix as registers; zero beyond.
+  static void load_square(const T* in, int64_t ld, int64_t rows, int64_t columns,
+                          Pack<T> (&square)[L]) {
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      if (l < rows) {
+        square[l] = load(in + l * ld, static_cast<int>(columns));
+        __builtin_prefetch(in + l * ld + 128);
+      } else {
+        square[l] = Pack<T>(T(0));
+      }
+    }
+  }
+
+  // The same product without packing: L rows of the weights at a time, each times the operand.
+  void multiply_unpacked(const T* a, int64_t lda, int64_t m, int64_t index, T* out) const {
+    for (int v = 0; v < NV; ++v) {
+      const int64_t n0 = index * units + v / NG * L, r0 = v % NG * N + n0;
+      const int lanes = static_cast<int>(clamp(N - n0, 0, L));
+      const Pack<T> b = bias && lanes > 0 ? load(bias + r0, lanes) : Pack<T>(T(0));
+      for (int64_t j = 0; j < m; ++j) {
+        Pack<T> acc[L];
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) acc[l] = Pack<T>(T(0));
+        for (int64_t k = 0; k < K; k += L) {
+          const int columns = static_cast<int>(minimum(L, K - k));
+          const Pack<T> operand = load(a + j * lda + k, columns);
+          Pack<T> square[L];
+          load_square(rows + r0 * ld + k, ld, lanes, columns, square);
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) acc[l] = fma(square[l], operand, acc[l]);
+        }
+        (sums(acc) + b).store(out + (j * NV + v) * L);
       }
     }
   }
@@ -127,28 +170,32 @@ struct Weights {
     }
   }
 
-  // rows × panel: out[rows][NV][L], rows <= MR.
-  void multiply(const T* a, int64_t lda, int64_t rows, int64_t index, T* out) const {
+  // m rows × panel: out[m][NV][L], m <= MR.
+  void multiply(const T* a, int64_t lda, int64_t m, int64_t index, T* out) const {
+    if (!data) return multiply_unpacked(a, lda, m, index, out);
     const T* w = panel(index);
-    switch (rows) {
+    switch (m) {
       case 1: return multiply_tile<T, 1, NV>(a, lda, w, K, out);
       case 2: return multiply_tile<T, 2, NV>(a, lda, w, K, out);
       case 3: return multiply_tile<T, 3, NV>(a, lda, w, K, out);
       default: break;
     }
     if constexpr (MR >= 4) {
-      if (rows == 4) return multiply_tile<T, 4, NV>(a, lda, w, K, out);
+      if (m == 4) return multiply_tile<T, 4, NV>(a, lda, w, K, out);
     }
     if constexpr (MR >= 6) {
-      if (rows == 5) return multiply_tile<T, 5, NV>(a, lda, w, K, out);
-      if (rows == 6) return multiply_tile<T, 6, NV>(a, lda, w, K, out);
+      if (m == 5) return multiply_tile<T, 5, NV>(a, lda, w, K, out);
+      if (m == 6) return multiply_tile<T, 6, NV>(a, lda, w, K, out);
     }
     if constexpr (MR >= 8) {
-      if (rows == 7) return multiply_tile<T, 7, NV>(a, lda, w, K, out);
-      if (rows == 8) return multiply_tile<T, 8, NV>(a, lda, w, K, out);
+      if (m == 7) return multiply_tile<T, 7, NV>(a, lda, w, K, out);
+      if (m == 8) return multiply_tile<T, 8, NV>(a, lda, w, K, out);
     }
   }
 };
+
+// Products of this few rows in the whole call do not pay for packing the weights.
+inline bool few_rows(const Sequence& seq) { return seq.T * seq.B <= 4; }
 
 struct FetchNothing {
   RNNKERN_INLINE void operator()(int64_t, int64_t, int64_t) const {}

@@ -26,6 +26,10 @@ class _Cpu(Backend):
     def summed(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
+    @property
+    def multiplies_input(self) -> bool:
+        return True
+
     def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return gemm.linear(a, w, b)
 

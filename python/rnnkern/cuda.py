@@ -60,6 +60,10 @@ class Cuda(Backend):
         """Return float64 for float64, float32 for the others."""
         return torch.float64 if dtype == torch.float64 else torch.float32
 
+    @property
+    def multiplies_input(self) -> bool:
+        return False
+
     def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """Return a·wᵀ + b, by cuBLAS."""
         return a @ w.t() if b is None else torch.addmm(b, a, w.t())

@@ -52,6 +52,11 @@ class Backend(ABC):
     def steps(self, a: LayerInputs, s: Sizes) -> Steps:
         """Check what steers the steps, and return it as the kernels read it."""
 
+    @property
+    @abstractmethod
+    def multiplies_input(self) -> bool:
+        """Whether `forward` computes W·input + b itself, or finds it in the place of the gates."""
+
     @abstractmethod
     def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         """Return a·wᵀ + b."""
@@ -129,8 +134,11 @@ def layer(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     s = check_layer(a, cell)
     steps = backend.steps(a, s)
     a = _computed(a, backend.computed(dtype))
-    x = backend.linear(a.input.view(s.N, s.I), *_joined(a))
     new = a.input.new_zeros if steps.ragged else a.input.new_empty
+    if backend.multiplies_input:
+        x = a.input.new_empty((s.N, s.D * s.G * s.H) if save else 0)
+    else:
+        x = backend.linear(a.input.view(s.N, s.I), *_joined(a))
     y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
     h_prev = new((s.D, s.N, s.P) if save else 0)
     saved = new((s.D, s.N, cell.saved * s.H) if save else 0)
@@ -140,7 +148,7 @@ def layer(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
         directions = tuple(
             (
                 d == 1,
-                *map(address, (w_hh, b_hh, w_hr)),
+                *map(address, (w_ih, b_ih, w_hh, b_hh, w_hr)),
                 x.data_ptr() + d * s.G * s.H * x.element_size(),
                 *(address(None if t is None else t[d]) for t in (a.h0, a.c0, a.reset_h, a.reset_c)),
                 hn[d].data_ptr(),
@@ -148,9 +156,9 @@ def layer(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
                 y.data_ptr() + d * s.P * y.element_size(),
                 *((h_prev[d].data_ptr(), saved[d].data_ptr()) if save else (0, 0)),
             )
-            for d, (_, w_hh, _, b_hh, w_hr) in enumerate(a.directions)
+            for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(a.directions)
         )
-        sizes = (s.H, s.P, _input_rows(a, s), (s.B, 1))
+        sizes = (s.H, s.P, _input_rows(a, s), (s.B, 1), s.I, a.input.data_ptr())
         backend.forward(cell, x, steps.native, sizes, save, directions)
     gates = x if save else x.new_empty(0)
     y, hn, cn = (_converted(t, dtype) for t in (y, hn, cn))

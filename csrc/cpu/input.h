@@ -1,0 +1,94 @@
+// The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop reads
+// a chunk while it is still in cache, and in inference nothing of x outlives its chunk.
+#pragma once
+
+#include "cpu/loop.h"
+
+namespace rnnkern {
+namespace {
+
+template <class T, int G>
+class InputProduct {
+  using W = Weights<T, G>;
+  // A chunk of x: what stays in cache beside the weights, but rows enough to pay for reading W again.
+  static constexpr int64_t kChunkBytes = 256 << 10, kLeastRows = 48;
+
+ public:
+  InputProduct() = default;
+  InputProduct(const ForwardProblem<T>& p, int d, Carver<T>& carver) : p_(&p), io_(&p.dir[d]) {
+    const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(T));
+    steps_ = clamp(maximum(kChunkBytes / bytes, kLeastRows) / p.seq.B, 1, p.seq.T);
+    w_ = {p.I, p.H, few_rows(p.seq) ? nullptr : carver.take(W::size(p.I, p.H))};
+    rows_ = p.x_rows;
+    if (p.training) {
+      ld_ = p.D * G * p.H;
+      x_ = io_->x;
+    } else {
+      if (batch_major()) rows_.stride_b = steps_;
+      ld_ = Carver<T>::round_up(G * p.H);
+      x_ = carver.take(steps_ * p.seq.B * ld_);
+    }
+  }
+
+  int64_t steps() const { return steps_; }  // of a chunk
+
+  // Row j of x at step t of the chunk that was computed last: G gates, H elements apart.
+  RNNKERN_INLINE T* at(int64_t t, int64_t j) const {
+    return x_ + (p_->seq.data_row(rows_, t, j) - first_) * ld_;
+  }
+
+  // Packs this thread's part of W.
+  void prepare(const Place& place) {
+    w_.set_rows(io_->W, p_->I, io_->b_ih, part(W::panels(p_->H), place.index, place.count));
+  }
+
+  // Computes this thread's part of steps [begin, end): its units, or its rows if threads outnumber
+  // the panels.
+  void run(int64_t begin, int64_t end, const Place& place) {
+    const Sequence& seq = p_->seq;
+    const int64_t start = seq.offset ? seq.offset[begin] : begin * rows_.stride_t;
+    if (!p_->training) first_ = start;
+    const int64_t panels = W::panels(p_->H);
+    const bool split_units = panels >= place.count;
+    const Range mine = split_units ? part(panels, place.index, place.count) : Range{0, panels};
+    const auto multiply = [&](int64_t panel, int64_t row, int64_t count, T* x) {
+      const Range rows = split_units ? Range{0, count} : part(count, place.index, place.count);
+      const int64_t n = rows.end - rows.begin;
+      x += rows.begin * ld_;
+      run_product(
+          w_, p_->input + (row + rows.begin) * p_->I, p_->I, n, n, {panel, panel + 1},
+          [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
+            T* to = x + m * ld_ + u;
+            for (int g = 0; g < G; ++g)
+              store(to + g * p_->H, Pack<T>::load(r + g * Pack<T>::lanes), lanes);
+          },
+          FetchNothing{});
+    };
+    for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+      if (batch_major()) {
+        for (int64_t b = 0; b < seq.B; ++b) {
+          T* x = x_ + (b * rows_.stride_b + begin - first_) * ld_;
+          multiply(panel, b * p_->x_rows.stride_b + begin, end - begin, x);
+        }
+      } else {
+        const int64_t last = end - 1;
+        const int64_t stop = seq.offset ? seq.offset[last] + seq.rows_at(last) : end * seq.B;
+        multiply(panel, start, stop - start, x_ + (start - first_) * ld_);
+      }
+    }
+  }
+
+ private:
+  // Steps of a row are neighbours, not rows of a step.
+  bool batch_major() const { return !p_->seq.offset && p_->x_rows.stride_b != 1; }
+
+  const ForwardProblem<T>* p_ = nullptr;
+  const ForwardDirection<T>* io_ = nullptr;
+  W w_;
+  Rows rows_{};  // of x, as stored
+  T* x_ = nullptr;
+  int64_t ld_ = 0, first_ = 0, steps_ = 0;
+};
+
+}  // namespace
+}  // namespace rnnkern
