@@ -33,7 +33,7 @@ constexpr unsigned kMostBlocks = 4;  // at a time, if the launch is not cooperat
 // drawn in so many draws with a probability of e^-100.
 constexpr size_t kIdlePolls = 100;
 // Polls until someone writes, whatever else happens, for each thread: for loops with a barrier in.
-constexpr size_t kMostPolls = 1 << 14;
+constexpr size_t kMostPolls = 1 << 13;
 
 thread_local std::mt19937_64 generator{1};
 thread_local long dropped_barrier = -1, dropped_grid_barrier = -1;
