@@ -162,6 +162,12 @@ def cast(args: LayerInputs, dtype: torch.dtype) -> LayerInputs:
     return mapped(args, lambda t: t.to(dtype))
 
 
+def on_device(args: LayerInputs, device: str) -> LayerInputs:
+    """Return the arguments on a device, but batch_sizes, which torch keeps on the host."""
+    moved: list[Any] = [t.to(device) if isinstance(t, Tensor) else t for t in args]
+    return LayerInputs(*moved)._replace(batch_sizes=args.batch_sizes)
+
+
 def leaves(args: LayerInputs, needs: Iterable[str] = DIFFERENTIABLE) -> LayerInputs:
     """Return copies that require gradients where `needs` says so."""
     wanted = set(needs)

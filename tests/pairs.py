@@ -88,7 +88,7 @@ def weighted_sum(tensors: Sequence[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        weight = torch.randn(real.shape, generator=generator).to(real.dtype)
+        weight = torch.randn(real.shape, generator=generator).to(real.device, real.dtype)
         total = total + (real * weight).sum().double()
     return total
 

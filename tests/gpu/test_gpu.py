@@ -22,6 +22,7 @@ from cases import (
     evaluate,
     expected,
     feature_cases,
+    on_device,
 )
 from pairs import pair
 from rnnkern import cuda
@@ -51,8 +52,7 @@ def _kernels() -> Iterator[None]:
 
 def on_gpu(args: LayerInputs) -> LayerInputs:
     """Move everything but batch_sizes, which torch keeps on the host."""
-    moved = [t.cuda() if isinstance(t, Tensor) else t for t in args]
-    return LayerInputs(*moved)._replace(batch_sizes=args.batch_sizes)
+    return on_device(args, "cuda")
 
 
 def on_cpu(results: Results) -> Results:
@@ -249,6 +249,20 @@ def test_host_tensors_that_steer_the_steps() -> None:
     args = build(Case("lstm", T=6, B=4, lengths=True, resets=True, reset_state=True), torch.float64)
     moved = on_gpu(args)._replace(lengths=args.lengths, resets=args.resets)
     assert_matches(on_cpu(evaluate(moved)), expected(args), dtype=torch.float64)
+
+
+def test_pinned_tensors_that_steer_may_be_overwritten_after_the_call() -> None:
+    module = rnnkern.LSTM(3, 5).cuda()
+    x = torch.randn(6, 4, 3, device="cuda")
+    lengths, resets = torch.tensor([6, 2, 0, 5]), torch.rand(6, 4) < 0.4
+    wanted = module(x, lengths=lengths, resets=resets)[0]
+    pinned = lengths.pin_memory(), resets.pin_memory()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # until the device comes to the copies
+    found = module(x, lengths=pinned[0], resets=pinned[1])[0]
+    pinned[0].fill_(6)
+    pinned[1].logical_not_()
+    assert torch.equal(found, wanted)
 
 
 def test_double_backward_with_resets_on_the_host() -> None:
