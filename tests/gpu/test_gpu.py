@@ -22,12 +22,16 @@ from cases import (
     evaluate,
     expected,
     feature_cases,
+    first_rows,
     on_device,
+    run_op,
+    same_bits,
 )
 from pairs import pair
 from rnnkern import cuda
 from rnnkern._native import cuda_module
 from rnnkern.arguments import LayerInputs
+from rnnkern.cells import CELLS
 from rnnkern.ops import DIFFERENTIABLE
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -83,6 +87,16 @@ def test_runs_repeat_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
     first = evaluate(args)
     for _ in range(20):
         assert_identical(evaluate(args), first)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_rows_of_its_block(cell: str, dtype: torch.dtype) -> None:
+    """One input feature and no bias: the product in front of the kernels is exact."""
+    case = Case(cell, B=17, I=1, H=96, D=2, resets=True, reset_state=True, bias=False)
+    args = on_gpu(build(case, dtype))
+    for found, wanted in zip(run_op(first_rows(args, 8)), run_op(args), strict=True):
+        assert same_bits(found, wanted[:, :8])
 
 
 def gradients(module: nn.Module, x: Any, leaf: Tensor) -> list[Tensor]:

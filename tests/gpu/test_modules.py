@@ -14,15 +14,25 @@ from typing import Any
 import pytest
 import rnnkern
 import torch
-from pairs import CELLS, LAYERS, Run, outputs_of, pair, random_packed, random_state, run
+from pairs import (
+    CELLS,
+    LAYERS,
+    NARROW,
+    assert_device_parity,
+    outputs_of,
+    pair,
+    random_packed,
+    random_state,
+    run,
+    to,
+)
 from parity.test_inputs import KINDS, VIEWS
 from tolerances import assert_close
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 WIDE = (torch.float64, torch.float32)
-NARROW = (torch.float16, torch.bfloat16)
 FORMS: list[dict[str, Any]] = [
     {},
     {"bias": False, "batch_first": True},
@@ -34,56 +44,6 @@ layers = pytest.mark.parametrize("name", LAYERS)
 wide = pytest.mark.parametrize("dtype", WIDE, ids=str)
 all_types = pytest.mark.parametrize("dtype", [*WIDE, *NARROW], ids=str)
 given_or_not = pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
-
-
-def to(value: Any, device: Any, dtype: torch.dtype | None = None) -> Any:
-    """Move a tensor, packed sequence or state, and convert it."""
-    if value is None:
-        return None
-    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
-        return tuple(to(v, device, dtype) for v in value)
-    return value.to(device=device, dtype=dtype or value.data.dtype)
-
-
-def on_cpu(done: Run) -> Run:
-    grads = {key: None if t is None else t.cpu() for key, t in done.grads.items()}
-    return Run({key: t.cpu() for key, t in done.outputs.items()}, grads)
-
-
-def check(
-    made: tuple[nn.Module, nn.Module],
-    device: str,
-    input: Any,
-    hx: Any = None,
-    *,
-    deep: bool = False,
-    **options: Any,
-) -> None:
-    """Compare ours on the device with torch's module on the CPU in float64; see `pairs.run`.
-
-    With `deep`, what is rounded to 16 bits between layers makes the outputs as far off as a
-    gradient may be.
-    """
-    theirs, ours = made
-    dtype = next(ours.parameters()).dtype
-    ours.to(device)
-    # Rounded to 16 bits, a pre-activation may lie on the other side of relu's kink.
-    relu = getattr(ours, "nonlinearity", "tanh") == "relu" and dtype in NARROW
-    options["backward"] = options.get("backward", True) and not relu
-    wanted = run(copy.deepcopy(theirs).double(), *to((input, hx), "cpu", torch.float64), **options)
-    found = run(ours, *to((input, hx), device), **options)
-    assert all(t.device.type == device and t.dtype == dtype for t in found.outputs.values())
-    found = on_cpu(found)
-    assert list(found.outputs) == list(wanted.outputs)
-    assert list(found.grads) == list(wanted.grads)
-    for key, value in wanted.outputs.items():
-        kind = "gradient" if deep else "output"
-        assert_close(found.outputs[key].double(), value, kind=kind, dtype=dtype, name=key)
-    for key, gradient in wanted.grads.items():
-        own = found.grads[key]
-        assert (own is None) == (gradient is None), key
-        if own is not None and gradient is not None:
-            assert_close(own.double(), gradient, kind="gradient", dtype=dtype, name=key)
 
 
 # ---- layers -------------------------------------------------------------------------------------
@@ -104,7 +64,7 @@ def test_dense(
         module.eval()
     x = torch.randn((3, 6, 8) if form.get("batch_first") else (6, 3, 8)).to(dtype)
     hx = random_state(made[0], 3) if given else None
-    check(made, device, x, hx, deep="num_layers" in form)
+    assert_device_parity(made, device, x, hx, deep="num_layers" in form)
 
 
 @kinds
@@ -120,7 +80,7 @@ def test_odd_sizes(
     features, hidden, steps, rows = sizes
     made = pair(name, features, max(hidden, 1 + extra.get("proj_size", 0)), **extra, dtype=dtype)
     x = torch.randn(steps, rows, features, dtype=dtype)
-    check(made, device, x, random_state(made[0], rows))
+    assert_device_parity(made, device, x, random_state(made[0], rows))
 
 
 @kinds
@@ -132,7 +92,7 @@ def test_unbatched(
     made = pair(name, 5, 7, 2, bidirectional=True, batch_first=True, **extra, dtype=dtype)
     hx = random_state(made[0], None) if given else None
     for steps in (1, 6):
-        check(made, device, torch.randn(steps, 5, dtype=dtype), hx)
+        assert_device_parity(made, device, torch.randn(steps, 5, dtype=dtype), hx)
 
 
 @kinds
@@ -142,7 +102,9 @@ def test_small_batches(
     device: str, name: str, extra: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     made = pair(name, 5, 7, 2, bidirectional=True, batch_first=True, **extra, dtype=dtype)
-    check(made, device, torch.randn(shape, dtype=dtype), random_state(made[0], shape[0]))
+    assert_device_parity(
+        made, device, torch.randn(shape, dtype=dtype), random_state(made[0], shape[0])
+    )
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -150,7 +112,7 @@ def test_small_batches(
 @layers
 def test_strided_input(device: str, name: str, batch_first: bool, view: str) -> None:
     made = pair(name, 5, 7, bidirectional=True, batch_first=batch_first)
-    check(made, device, torch.randn(8, 6, 5), view=VIEWS[view])
+    assert_device_parity(made, device, torch.randn(8, 6, 5), view=VIEWS[view])
 
 
 @kinds
@@ -167,7 +129,7 @@ def test_packed(
 ) -> None:
     made = pair(name, 8, 24, 2, bidirectional=True, **extra, dtype=dtype)
     hx = random_state(made[0], 5) if given else None
-    check(made, device, random_packed(lengths, 8, dtype=dtype), hx, deep=True)
+    assert_device_parity(made, device, random_packed(lengths, 8, dtype=dtype), hx, deep=True)
 
 
 @kinds
@@ -219,7 +181,7 @@ def test_extreme_values_propagate(device: str, name: str, value: float) -> None:
     made = pair(name, 3, 5, dtype=torch.float64)
     x = torch.randn(6, 3, 3, dtype=torch.float64)
     x[2, 1, 0] = value
-    check(made, device, x)
+    assert_device_parity(made, device, x)
 
 
 # ---- cells --------------------------------------------------------------------------------------
@@ -246,7 +208,7 @@ def test_cells(
 ) -> None:
     made = pair(name, 5, 24, **extra, dtype=dtype)
     x = torch.randn((5,) if rows is None else (rows, 5)).to(dtype)
-    check(made, device, x, random_state(made[0], rows) if given else None)
+    assert_device_parity(made, device, x, random_state(made[0], rows) if given else None)
 
 
 # ---- wrong devices ------------------------------------------------------------------------------
@@ -288,11 +250,11 @@ def test_copies_stay_on_their_device(device: str, name: str, way: Any) -> None:
     made = way(ours.to(device))
     assert {p.device.type for p in made.parameters()} == {device}
     x = torch.randn((2, 3) if name in CELLS else (5, 2, 3), dtype=torch.float64)
-    check((theirs, made), device, x)
+    assert_device_parity((theirs, made), device, x)
     with torch.no_grad():
         for weight in made.parameters():
             weight.zero_()
-    check((theirs, ours), device, x)
+    assert_device_parity((theirs, ours), device, x)
 
 
 @pytest.mark.parametrize("name", LAYERS + CELLS)
@@ -300,11 +262,11 @@ def test_copies_stay_on_their_device(device: str, name: str, way: Any) -> None:
 def test_weights_travel_between_devices(device: str, name: str, assign: bool) -> None:
     theirs, ours = pair(name, 3, 4, dtype=torch.float64)
     x = torch.randn((2, 3) if name in CELLS else (5, 2, 3), dtype=torch.float64)
-    check((theirs, ours), device, x)
-    check((theirs, ours.cpu()), "cpu", x)
+    assert_device_parity((theirs, ours), device, x)
+    assert_device_parity((theirs, ours.cpu()), "cpu", x)
     there = getattr(rnnkern, name)(3, 4, device=device, dtype=torch.float64)
     there.load_state_dict({k: v.to(device) for k, v in theirs.state_dict().items()}, assign=assign)
-    check((theirs, there), device, x)
+    assert_device_parity((theirs, there), device, x)
     back = getattr(nn, name)(3, 4, dtype=torch.float64)
     back.load_state_dict(there.state_dict())
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in back.state_dict().items())
@@ -331,7 +293,7 @@ def test_frozen_weights(device: str, name: str, needs: tuple[str, ...]) -> None:
         for key, weight in module.named_parameters():
             weight.requires_grad_("hh_l1" in key)
     x = torch.randn(5, 2, 3, dtype=torch.float64)
-    check(made, device, x, random_state(made[0], 2), needs=needs)
+    assert_device_parity(made, device, x, random_state(made[0], 2), needs=needs)
 
 
 @layers
@@ -339,7 +301,9 @@ def test_frozen_weights(device: str, name: str, needs: tuple[str, ...]) -> None:
 def test_without_gradients(device: str, name: str, mode: Any) -> None:
     made = pair(name, 3, 4, 2, dtype=torch.float64)
     with mode():
-        check(made, device, torch.randn(5, 2, 3, dtype=torch.float64), backward=False)
+        assert_device_parity(
+            made, device, torch.randn(5, 2, 3, dtype=torch.float64), backward=False
+        )
 
 
 @layers

@@ -25,6 +25,7 @@ from ops.test_gradcheck import as_function, smooth
 from ops.test_opcheck import QUICK, backward_arguments
 from ops.test_transforms import outputs, weights_for
 from rnnkern.cells import CELLS
+from rnnkern.checks import moved
 from rnnkern.ops import DIFFERENTIABLE, LayerInputs
 from tolerances import assert_close
 from torch import Tensor
@@ -57,6 +58,17 @@ def test_what_steers_may_lie_on_the_host(device: str, case: Case) -> None:
     there = on_device(args, device)
     mixed = there._replace(**{name: getattr(args, name) for name in STEERING})
     assert_identical(evaluate(mixed), evaluate(there))
+
+
+def test_a_queued_copy_never_reads_the_callers_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths = torch.tensor([3, 1, 2])
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
+    monkeypatch.setattr(Tensor, "to", lambda t, *_, **options: options["non_blocking"] and t)
+    copied = moved(lengths, "cuda:0")
+    lengths.zero_()
+    assert copied.tolist() == [3, 1, 2]
 
 
 @cases
