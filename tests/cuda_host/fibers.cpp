@@ -1,8 +1,8 @@
-// Runs a grid on one OS thread. Every CUDA thread is a fiber, and whenever one waits, at a barrier
-// of its block or grid or for its warp, or touches memory as blocks do to exchange flags, a randomly
-// drawn other one goes on; so code that lacks a barrier soon reads what has not been written.
-// Shared memory starts as NaN. A few blocks, drawn at random too, are on the "device" at a time; of
-// a cooperative launch, all. Threads that wait for what never comes end the launch as a deadlock.
+// Runs a grid on one OS thread. Every CUDA thread is a fiber. Whenever one waits, at a barrier of its
+// block or grid or for its warp, or touches memory as blocks do to exchange flags, a randomly drawn
+// other one goes on; so code that lacks a barrier soon reads what has not been written. Shared
+// memory starts as NaN. A few blocks, drawn at random too, are on the "device" at a time; of a
+// cooperative launch, all. Threads that wait for what never comes end the launch as a deadlock.
 //
 // What it cannot see: data races within the order it draws, and the GPU's memory model.
 #include <setjmp.h>
