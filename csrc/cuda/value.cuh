@@ -50,7 +50,7 @@ struct Value {
   RNNKERN_HD friend Value operator/(Value a, Value b) { return Value(a.v / b.v); }
 };
 
-// a·b + c, rounded once. The build lets nvcc fuse nothing that is not written so (-fmad=false): what
+// a·b + c, rounded once. The build lets nvcc fuse nothing else (-fmad=false): what
 // it fuses may differ between two instantiations of one template, which must agree bit for bit.
 RNNKERN_HD float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 RNNKERN_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }

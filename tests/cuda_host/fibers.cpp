@@ -1,4 +1,4 @@
-// Runs a grid on one OS thread. Every CUDA thread is a fiber. Whenever one waits, at a barrier of its
+// Runs a grid on one OS thread. Every CUDA thread is a fiber. Where one waits, at a barrier of its
 // block or grid or for its warp, or touches memory as blocks do to exchange flags, a randomly drawn
 // other one goes on; so code that lacks a barrier soon reads what has not been written. Shared
 // memory starts as NaN. A few blocks, drawn at random too, are on the "device" at a time; of a
