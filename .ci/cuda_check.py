@@ -32,7 +32,7 @@ KERNEL = re.compile(
 
 def nvcc(*arguments: str) -> str:
     """Run the compiler and return what it says."""
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", *arguments]
+    command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

@@ -162,6 +162,21 @@ def cast(args: LayerInputs, dtype: torch.dtype) -> LayerInputs:
     return mapped(args, lambda t: t.to(dtype))
 
 
+def on_device(args: LayerInputs, device: str) -> LayerInputs:
+    """Return the arguments on a device, but batch_sizes, which torch keeps on the host."""
+    moved: list[Any] = [t.to(device) if isinstance(t, Tensor) else t for t in args]
+    return LayerInputs(*moved)._replace(batch_sizes=args.batch_sizes)
+
+
+def first_rows(args: LayerInputs, rows: int) -> LayerInputs:
+    """Return the arguments of the first rows of a padded batch."""
+    per_row = {name: getattr(args, name) for name in ("input", "h0", "c0", "reset_h", "reset_c")}
+    cut = {name: t[:, :rows] for name, t in per_row.items() if t is not None}
+    if args.resets is not None:
+        cut["resets"] = args.resets[:, :rows]
+    return args._replace(**cut)
+
+
 def leaves(args: LayerInputs, needs: Iterable[str] = DIFFERENTIABLE) -> LayerInputs:
     """Return copies that require gradients where `needs` says so."""
     wanted = set(needs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 LAYERS = ("LSTM", "GRU", "RNN")
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+NARROW = (torch.float16, torch.bfloat16)
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor] | None
 View: TypeAlias = Callable[[Tensor], Tensor]
@@ -88,7 +90,7 @@ def weighted_sum(tensors: Sequence[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        weight = torch.randn(real.shape, generator=generator).to(real.dtype)
+        weight = torch.randn(real.shape, generator=generator).to(real.device, real.dtype)
         total = total + (real * weight).sum().double()
     return total
 
@@ -193,6 +195,58 @@ def assert_parity(
     actual = run(ours, input, hx, call=call, **options)
     assert_same_run(actual, expected, dtype=dtype, layout=layout)
     return expected, actual
+
+
+# ---- on a device ---------------------------------------------------------------------------------
+def to(value: Any, device: Any, dtype: torch.dtype | None = None) -> Any:
+    """Move a tensor, packed sequence or state, and convert it."""
+    if value is None:
+        return None
+    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
+        return tuple(to(v, device, dtype) for v in value)
+    return value.to(device=device, dtype=dtype or value.data.dtype)
+
+
+def on_cpu(done: Run) -> Run:
+    """Return the same results on the CPU."""
+    grads = {key: None if t is None else t.cpu() for key, t in done.grads.items()}
+    return Run({key: t.cpu() for key, t in done.outputs.items()}, grads)
+
+
+def assert_device_parity(
+    pair: tuple[nn.Module, nn.Module],
+    device: str,
+    input: Any,
+    hx: Any = None,
+    *,
+    deep: bool = False,
+    **options: Any,
+) -> None:
+    """Compare ours on the device with torch's module on the CPU in float64; see `run`.
+
+    With `deep`, what is rounded to 16 bits between layers makes the outputs as far off as a
+    gradient may be.
+    """
+    theirs, ours = pair
+    dtype = next(ours.parameters()).dtype
+    ours.to(device)
+    # Rounded to 16 bits, a pre-activation may lie on the other side of relu's kink.
+    relu = getattr(ours, "nonlinearity", "tanh") == "relu" and dtype in NARROW
+    options["backward"] = options.get("backward", True) and not relu
+    wanted = run(copy.deepcopy(theirs).double(), *to((input, hx), "cpu", torch.float64), **options)
+    found = run(ours, *to((input, hx), device), **options)
+    assert all(t.device.type == device and t.dtype == dtype for t in found.outputs.values())
+    found = on_cpu(found)
+    assert list(found.outputs) == list(wanted.outputs)
+    assert list(found.grads) == list(wanted.grads)
+    for key, value in wanted.outputs.items():
+        kind = "gradient" if deep else "output"
+        assert_close(found.outputs[key].double(), value, kind=kind, dtype=dtype, name=key)
+    for key, gradient in wanted.grads.items():
+        own = found.grads[key]
+        assert (own is None) == (gradient is None), key
+        if own is not None and gradient is not None:
+            assert_close(own.double(), gradient, kind="gradient", dtype=dtype, name=key)
 
 
 # ---- failing alike ------------------------------------------------------------------------------

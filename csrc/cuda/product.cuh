@@ -76,7 +76,7 @@ struct ExactProduct {
         for (int g = 0; g < NG; ++g) {
           const A weight = tile_w[i * pitch(M) + g * kUnits + unit];
 #pragma unroll
-          for (int n = 0; n < RN; ++n) r[g][n] += weight * row_values[n];
+          for (int n = 0; n < RN; ++n) r[g][n] = fma(weight, row_values[n], r[g][n]);
         }
       }
       __syncthreads();

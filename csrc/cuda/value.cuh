@@ -50,11 +50,13 @@ struct Value {
   RNNKERN_HD friend Value operator/(Value a, Value b) { return Value(a.v / b.v); }
 };
 
-RNNKERN_HD Value<float> fma(Value<float> a, Value<float> b, Value<float> c) {
-  return Value<float>(::fmaf(a.v, b.v, c.v));
-}
-RNNKERN_HD Value<double> fma(Value<double> a, Value<double> b, Value<double> c) {
-  return Value<double>(::fma(a.v, b.v, c.v));
+// a·b + c, rounded once. The build lets nvcc fuse nothing else (-fmad=false): what
+// it fuses may differ between two instantiations of one template, which must agree bit for bit.
+RNNKERN_HD float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+RNNKERN_HD double fma(double a, double b, double c) { return ::fma(a, b, c); }
+template <class A>
+RNNKERN_HD Value<A> fma(Value<A> a, Value<A> b, Value<A> c) {
+  return Value<A>(fma(a.v, b.v, c.v));
 }
 RNNKERN_HD Value<float> tanh(Value<float> x) { return Value<float>(::tanhf(x.v)); }
 RNNKERN_HD Value<double> tanh(Value<double> x) { return Value<double>(::tanh(x.v)); }

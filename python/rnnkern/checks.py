@@ -132,7 +132,19 @@ def integers(
     """Return integers of any type, device and stride as the native core reads them."""
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.shape != shape:
         raise ValueError(f"{name}: expected integers {list(shape)}, got {t.dtype} {list(t.shape)}")
-    return t.to(device, torch.int64, non_blocking=str(device) != "cpu").contiguous()
+    return moved(t, device).to(torch.int64).contiguous()
+
+
+def moved(t: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor on a device, where its copy may be queued, never waited for.
+
+    A copy from pinned memory reads it only when its turn comes; the caller may have written to it
+    by then. One from pageable memory has read it when the call returns.
+    """
+    if t.device == torch.device(device):
+        return t
+    queued = torch.device(device).type != "cpu"
+    return (t.clone() if queued and t.is_pinned() else t).to(device, non_blocking=queued)
 
 
 def _ranks(a: LayerInputs) -> None:

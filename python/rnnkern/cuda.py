@@ -20,7 +20,14 @@ from rnnkern import kernels
 from rnnkern._native import cuda_module
 from rnnkern.arguments import LayerInputs, Sizes
 from rnnkern.cells import Cell
-from rnnkern.checks import check_batch_sizes, check_lengths, check_order, check_resets, integers
+from rnnkern.checks import (
+    check_batch_sizes,
+    check_lengths,
+    check_order,
+    check_resets,
+    integers,
+    moved,
+)
 from rnnkern.kernels import Backend, Steps, address
 
 _NAMES = {
@@ -85,7 +92,7 @@ class Cuda(Backend):
             active, offset = check_batch_sizes(a.batch_sizes, s)
             if a.order is None or a.order.device.type == "cpu":
                 order = check_order(a.order, s)
-                order = None if order is None else order.to(device, non_blocking=True)
+                order = None if order is None else moved(order, device)
             else:
                 order = integers("order", a.order, (s.B,), device).clamp(0, s.B - 1)
         elif a.lengths is not None:
@@ -94,7 +101,7 @@ class Cuda(Backend):
                 lengths = integers("lengths", a.lengths, (s.B,), device)
                 padding = torch.arange(s.T, device=device).unsqueeze(1) >= lengths
         check_resets(a, s)
-        resets = None if a.resets is None else a.resets.to(device, non_blocking=True)
+        resets = None if a.resets is None else moved(a.resets, device)
         strides = kernels.time_major_strides(resets, a.batch_first)
         native = (s.T, s.B, *map(address, (active, order, offset, resets)), *strides)
         return Steps((*native, address(lengths)), (active, order, offset, resets, lengths), padding)

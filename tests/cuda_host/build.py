@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pybind11
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NAME = "_cuda_host"
+SHIM = [HERE / "fibers.cpp", HERE / "runtime.cpp"]
 
 
 def build(folder: Path, *flags: str) -> Path:
@@ -25,6 +27,18 @@ def build(folder: Path, *flags: str) -> Path:
     RuntimeError
         If the compiler fails; the message is its output.
     """
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bind" / "cuda.cpp"]
+    target = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return link([*sources, *SHIM], target, flags)
+
+
+def build_probe(folder: Path, *flags: str) -> Path:
+    """Compile and link the kernels that test the shim itself, for ctypes; as `build`."""
+    return link([HERE / "probe.cu", *SHIM], folder / "probe.so", flags)
+
+
+def link(sources: Sequence[Path], target: Path, flags: Sequence[str]) -> Path:
+    """Compile what has no object file beside `target` yet, and link all; return `target`."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
     includes = [HERE / "include", ROOT / "csrc", pybind11.get_include()]
     includes += [sysconfig.get_path("include")]
@@ -32,19 +46,17 @@ def build(folder: Path, *flags: str) -> Path:
     options += ["-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-maybe-uninitialized"]
     options += [f"-DRNNKERN_CUDA_MODULE={NAME}", *flags]
     options += [f"-I{path}" for path in includes]
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bind" / "cuda.cpp"]
-    sources += [HERE / "shim.cpp"]
 
     def compile_one(source: Path) -> str:
-        target = folder / f"{source.stem}.o"
-        run([compiler, *options, "-x", "c++", "-c", str(source), "-o", str(target)])
-        return str(target)
+        made = target.parent / f"{source.stem}.o"
+        if not made.exists():
+            run([compiler, *options, "-x", "c++", "-c", str(source), "-o", str(made)])
+        return str(made)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-    module = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    run([compiler, "-shared", *flags, *objects, "-o", str(module)])
-    return module
+    run([compiler, "-shared", *flags, *objects, "-o", str(target)])
+    return target
 
 
 def run(command: list[str]) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_host.build import NAME, build
+from cuda_host.build import NAME, build, build_probe
 from rnnkern import cuda, kernels
 
 
@@ -48,13 +49,26 @@ class Host:
         self.library.cuda_host_drop_barrier(ctypes.c_long(index))
 
 
+FLAGS = os.environ.get("RNNKERN_HOST_FLAGS", "").split()
+
+
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Host:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where both libraries are built, which share the shim's object files."""
     if sys.platform != "linux":
         pytest.skip("the fibers of the shim are glibc's")
-    path = build(
-        tmp_path_factory.mktemp("cuda_host"), *os.environ.get("RNNKERN_HOST_FLAGS", "").split()
-    )
+    return tmp_path_factory.mktemp("cuda_host")
+
+
+@pytest.fixture(scope="session")
+def probe_library(folder: Path) -> ctypes.CDLL:
+    """Load the kernels of probe.cu, on the host."""
+    return ctypes.CDLL(str(build_probe(folder, *FLAGS)))
+
+
+@pytest.fixture(scope="session")
+def built(folder: Path) -> Host:
+    path = build(folder, *FLAGS)
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
     spec = importlib.util.spec_from_loader(NAME, loader)
     assert spec is not None

@@ -18,10 +18,13 @@ from cases import (
     evaluate,
     expected,
     feature_cases,
+    first_rows,
     run_op,
+    same_bits,
 )
 from cuda_host.conftest import Host
 from rnnkern import cuda
+from rnnkern.cells import CELLS
 from rnnkern.ops import DIFFERENTIABLE
 from tolerances import assert_close
 from torch import nn
@@ -90,6 +93,18 @@ def test_thread_order_does_not_matter(host: Host, case: Case, dtype: torch.dtype
     for seed in (1, 2):
         host.seed(seed)
         assert_identical(evaluate(args), first)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [*EXACT, *NARROW], ids=str)
+def test_a_row_does_not_depend_on_the_rows_of_its_block(
+    host: Host, cell: str, dtype: torch.dtype
+) -> None:
+    """One input feature and no bias: the product in front of the kernels is exact."""
+    case = Case(cell, B=17, I=1, H=33, D=2, resets=True, reset_state=True, bias=False)
+    args = build(case, dtype)
+    for found, wanted in zip(run_op(first_rows(args, 8)), run_op(args), strict=True):
+        assert same_bits(found, wanted[:, :8])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -22,11 +22,16 @@ from cases import (
     evaluate,
     expected,
     feature_cases,
+    first_rows,
+    on_device,
+    run_op,
+    same_bits,
 )
 from pairs import pair
 from rnnkern import cuda
 from rnnkern._native import cuda_module
 from rnnkern.arguments import LayerInputs
+from rnnkern.cells import CELLS
 from rnnkern.ops import DIFFERENTIABLE
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -51,8 +56,7 @@ def _kernels() -> Iterator[None]:
 
 def on_gpu(args: LayerInputs) -> LayerInputs:
     """Move everything but batch_sizes, which torch keeps on the host."""
-    moved = [t.cuda() if isinstance(t, Tensor) else t for t in args]
-    return LayerInputs(*moved)._replace(batch_sizes=args.batch_sizes)
+    return on_device(args, "cuda")
 
 
 def on_cpu(results: Results) -> Results:
@@ -83,6 +87,16 @@ def test_runs_repeat_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
     first = evaluate(args)
     for _ in range(20):
         assert_identical(evaluate(args), first)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_rows_of_its_block(cell: str, dtype: torch.dtype) -> None:
+    """One input feature and no bias: the product in front of the kernels is exact."""
+    case = Case(cell, B=17, I=1, H=96, D=2, resets=True, reset_state=True, bias=False)
+    args = on_gpu(build(case, dtype))
+    for found, wanted in zip(run_op(first_rows(args, 8)), run_op(args), strict=True):
+        assert same_bits(found, wanted[:, :8])
 
 
 def gradients(module: nn.Module, x: Any, leaf: Tensor) -> list[Tensor]:
@@ -249,6 +263,20 @@ def test_host_tensors_that_steer_the_steps() -> None:
     args = build(Case("lstm", T=6, B=4, lengths=True, resets=True, reset_state=True), torch.float64)
     moved = on_gpu(args)._replace(lengths=args.lengths, resets=args.resets)
     assert_matches(on_cpu(evaluate(moved)), expected(args), dtype=torch.float64)
+
+
+def test_pinned_tensors_that_steer_may_be_overwritten_after_the_call() -> None:
+    module = rnnkern.LSTM(3, 5).cuda()
+    x = torch.randn(6, 4, 3, device="cuda")
+    lengths, resets = torch.tensor([6, 2, 0, 5]), torch.rand(6, 4) < 0.4
+    wanted = module(x, lengths=lengths, resets=resets)[0]
+    pinned = lengths.pin_memory(), resets.pin_memory()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # until the device comes to the copies
+    found = module(x, lengths=pinned[0], resets=pinned[1])[0]
+    pinned[0].fill_(6)
+    pinned[1].logical_not_()
+    assert torch.equal(found, wanted)
 
 
 def test_double_backward_with_resets_on_the_host() -> None:

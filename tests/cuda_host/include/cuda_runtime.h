@@ -1,5 +1,5 @@
 // As much of CUDA's runtime as rnnkern's kernels and driver use, on the host: launches run at once,
-// every thread of the grid as a fiber (see shim.cpp). Found before the real header when
+// every thread of the grid as a fiber (see fibers.cpp). Found before the real header when
 // csrc/cuda is compiled as host C++.
 #pragma once
 
@@ -23,48 +23,67 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-// ---- inside a kernel ----------------------------------------------------------------------------
-// Of the fiber that runs now.
-extern thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+#include "cuda_host/threads.h"
 
-namespace cuda_host {
-
-unsigned char* block_memory();
-void sync_block();
-// Blocks until all 32 lanes of the warp are here; the last to come calls run(arguments of all).
-void collective(const char* name, void* argument, void (*run)(void* const* arguments));
-
-}  // namespace cuda_host
-
-inline void __syncthreads() { ::cuda_host::sync_block(); }
-
-// ---- on the host --------------------------------------------------------------------------------
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
 };
 using cudaStream_t = struct CUstream_st*;
 
+// ---- devices ------------------------------------------------------------------------------------
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlock = 8,
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxThreadsPerMultiProcessor = 39,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+
+// ---- kernels and launches -----------------------------------------------------------------------
 struct cudaFuncAttributes {
   int ptxVersion;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+union cudaLaunchAttributeValue {
+  int cooperative;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
-
-cudaError_t cudaGetDevice(int* device);
-cudaError_t cudaSetDevice(int device);
-cudaError_t cudaGetLastError();
-const char* cudaGetErrorName(cudaError_t error);
-const char* cudaGetErrorString(cudaError_t error);
 
 namespace cuda_host {
 cudaError_t attributes(cudaFuncAttributes* attributes);
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+cudaError_t allow_memory(const void* kernel, cudaFuncAttribute attribute, int bytes);
+cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memory);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& call);
 }  // namespace cuda_host
 
 template <class Kernel>
@@ -72,8 +91,20 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   return cuda_host::attributes(attributes);
 }
 
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return cuda_host::allow_memory(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* kernel, int threads,
+                                                          size_t memory) {
+  return cuda_host::occupancy(blocks, reinterpret_cast<const void*>(kernel), threads, memory);
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  return cuda_host::launch(*config, [&] { kernel(Parameters(arguments)...); });
+  return cuda_host::launch(*config, reinterpret_cast<const void*>(kernel),
+                           [&] { kernel(Parameters(arguments)...); });
 }

@@ -1,18 +1,19 @@
-// Runs a grid on one OS thread. Every CUDA thread is a fiber, and whenever one waits, at a block's
-// barrier or for its warp, a randomly drawn other one goes on; so code that lacks a barrier soon
-// reads what has not been written. Shared memory starts as NaN. A few blocks, drawn at random too,
-// are on the "device" at a time.
+// Runs a grid on one OS thread. Every CUDA thread is a fiber. Where one waits, at a barrier of its
+// block or grid or for its warp, or touches memory as blocks do to exchange flags, a randomly drawn
+// other one goes on; so code that lacks a barrier soon reads what has not been written. Shared
+// memory starts as NaN. A few blocks, drawn at random too, are on the "device" at a time; of a
+// cooperative launch, all. Threads that wait for what never comes end the launch as a deadlock.
 //
 // What it cannot see: data races within the order it draws, and the GPU's memory model.
-#include <cuda_runtime.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <memory>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "shim.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -27,14 +28,15 @@ namespace cuda_host {
 namespace {
 
 constexpr size_t kStackBytes = CUDA_HOST_ADDRESS_SANITIZER ? 512 << 10 : 128 << 10;
-constexpr unsigned kResidentBlocks = 4;
+constexpr unsigned kMostBlocks = 4;  // at a time, if the launch is not cooperative
+// Polls that find nothing new, in a row, for each runnable thread: a thread that could go on is not
+// drawn in so many draws with a probability of e^-100.
+constexpr size_t kIdlePolls = 100;
+// Polls until someone writes, whatever else happens, for each thread: for loops with a barrier in.
+constexpr size_t kMostPolls = 1 << 13;
 
 thread_local std::mt19937_64 generator{1};
-thread_local long dropped_barrier = -1;
-thread_local int current_device = 0;
-thread_local std::string failure;
-constexpr int kDevices = 2;
-constexpr int kArchitecture[kDevices] = {90, 75};  // 10 · major + minor
+thread_local long dropped_barrier = -1, dropped_grid_barrier = -1;
 
 struct Fiber;
 
@@ -42,6 +44,7 @@ struct Warp {
   std::vector<void*> arguments;
   std::vector<Fiber*> waiting;
   const char* name = nullptr;
+  void (*run)(void* const*) = nullptr;
 };
 
 struct Block {
@@ -61,12 +64,21 @@ struct Fiber {
   ucontext_t context;
   jmp_buf where;
   bool started = false;
-  long barriers = 0;
+  long barriers = 0, grid_barriers = 0;
+  const void* polled = nullptr;  // where, and what was there
+  uint64_t found = 0;
   void* fake_stack = nullptr;
 };
 
 struct Grid {
   const std::function<void()>* kernel;
+  bool cooperative;
+  unsigned threads;
+  unsigned left = 0;  // threads that have returned
+  std::vector<Fiber*> at_barrier;
+  size_t idle_polls = 0;
+  size_t polls = 0;
+  std::string failure;
   ucontext_t context;
   jmp_buf where;
   std::vector<Fiber*> runnable;
@@ -115,11 +127,35 @@ void fiber_main() {
   (*grid->kernel)();
   Fiber& f = *grid->now;
   --f.block->live;
+  ++grid->left;
+  grid->idle_polls = 0;
+  grid->polls = 0;
   leave(f, true);
 }
 
 // The fiber that runs waits until someone makes it runnable again.
-void wait() { leave(*grid->now, false); }
+void wait() {
+  grid->idle_polls = 0;
+  leave(*grid->now, false);
+}
+
+// Of several reasons in one launch the first stands.
+void record(const std::string& reason) {
+  if (grid->failure.empty()) grid->failure = reason;
+}
+
+std::string place(const char* what, dim3 at) {
+  return std::string(what) + " (" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " +
+         std::to_string(at.z) + ")";
+}
+
+void go_on_later() {
+  if (grid->idle_polls > kIdlePolls * (grid->runnable.size() + 10) ||
+      ++grid->polls > kMostPolls * grid->threads)
+    record("deadlock: threads poll for what nobody writes");
+  grid->runnable.push_back(grid->now);
+  leave(*grid->now, false);
+}
 
 void release(std::vector<Fiber*>& waiting) {
   for (Fiber* f : waiting) grid->runnable.push_back(f);
@@ -128,8 +164,8 @@ void release(std::vector<Fiber*>& waiting) {
 
 std::unique_ptr<Block> start_block(const cudaLaunchConfig_t& config, unsigned index) {
   auto block = std::make_unique<Block>();
-  const dim3 size = config.blockDim, count = config.gridDim;
-  const unsigned threads = size.x * size.y * size.z;
+  const dim3 size = config.blockDim, blocks = config.gridDim;
+  const unsigned threads = count(size);
   block->memory.reset(new unsigned char[config.dynamicSmemBytes]);
   std::memset(block->memory.get(), 0xff, config.dynamicSmemBytes);
   block->warps.resize((threads + 31) / 32);
@@ -140,7 +176,8 @@ std::unique_ptr<Block> start_block(const cudaLaunchConfig_t& config, unsigned in
     f->stack = std::move(spare_stacks.back());
     spare_stacks.pop_back();
     f->block = block.get();
-    f->block_index = dim3(index % count.x, index / count.x % count.y, index / count.x / count.y);
+    f->block_index =
+        dim3(index % blocks.x, index / blocks.x % blocks.y, index / blocks.x / blocks.y);
     f->index = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
     getcontext(&f->context);
     f->context.uc_stack.ss_sp = f->stack.get();
@@ -154,18 +191,19 @@ std::unique_ptr<Block> start_block(const cudaLaunchConfig_t& config, unsigned in
 }
 
 void run(const cudaLaunchConfig_t& config) {
-  std::vector<unsigned> queue(config.gridDim.x * config.gridDim.y * config.gridDim.z);
+  std::vector<unsigned> queue(count(config.gridDim));
   for (unsigned i = 0; i < queue.size(); ++i) queue[i] = i;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
+  const size_t room = grid->cooperative ? queue.size() : 1 + draw(kMostBlocks);
   std::vector<std::unique_ptr<Block>> resident;
   while (!queue.empty() || !resident.empty()) {
-    while (!queue.empty() && resident.size() < kResidentBlocks) {
+    while (!queue.empty() && resident.size() < room) {
       std::swap(queue[draw(queue.size())], queue.back());
       resident.push_back(start_block(config, queue.back()));
       queue.pop_back();
     }
-    if (grid->runnable.empty()) throw std::runtime_error("deadlock: threads wait for each other");
+    if (grid->runnable.empty()) return record("deadlock: threads wait for each other");
     std::swap(grid->runnable[draw(grid->runnable.size())], grid->runnable.back());
     grid->now = grid->runnable.back();
     grid->runnable.pop_back();
@@ -173,7 +211,7 @@ void run(const cudaLaunchConfig_t& config) {
     threadIdx = grid->now->index;
     blockIdx = grid->now->block_index;
     resume(*grid->now);
-    if (!failure.empty()) throw std::runtime_error(failure);
+    if (!grid->failure.empty()) return;
     if (block->live > 0) continue;
     for (size_t i = 0; i < resident.size(); ++i) {
       if (resident[i].get() != block) continue;
@@ -193,9 +231,19 @@ void sync_block() {
   Fiber& f = *grid->now;
   if (f.barriers++ == dropped_barrier) return;
   Block& block = *f.block;
-  if (block.live != block.fibers.size()) failure = "a thread left before a barrier of its block";
+  if (block.live != block.fibers.size()) record("a thread left before a barrier of its block");
   block.at_barrier.push_back(&f);
   if (block.at_barrier.size() == block.fibers.size()) release(block.at_barrier);
+  wait();
+}
+
+void sync_grid() {
+  Fiber& f = *grid->now;
+  if (!grid->cooperative) return fail("a grid's barrier in a launch that is not cooperative,");
+  if (f.grid_barriers++ == dropped_grid_barrier) return;
+  if (grid->left > 0) record("a thread left before a barrier of its grid");
+  grid->at_barrier.push_back(&f);
+  if (grid->at_barrier.size() == grid->threads) release(grid->at_barrier);
   wait();
 }
 
@@ -205,9 +253,14 @@ void collective(const char* name, void* argument, void (*run)(void* const* argum
   Warp& warp = f.block->warps[index / 32];
   if (warp.waiting.empty()) {
     warp.name = name;
+    warp.run = run;
     warp.arguments.assign(32, nullptr);
   }
-  if (std::strcmp(warp.name, name) != 0) failure = "lanes of a warp wait for different things";
+  if (warp.run != run) {
+    record(std::string("lanes of a warp part: ") + warp.name + " and " + name +
+           ", or one of them on different types");
+    return wait();
+  }
   warp.arguments[index % 32] = argument;
   warp.waiting.push_back(&f);
   if (warp.waiting.size() == 32) {
@@ -217,55 +270,36 @@ void collective(const char* name, void* argument, void (*run)(void* const* argum
   wait();
 }
 
-cudaError_t attributes(cudaFuncAttributes* out) {
-  out->ptxVersion = kArchitecture[current_device];
-  return cudaSuccess;
+void make_way() { go_on_later(); }
+
+void make_way(const void* address, uint64_t before, uint64_t after) {
+  Fiber& f = *grid->now;
+  const bool idle = before == after && f.polled == address && f.found == after;
+  grid->idle_polls = idle ? grid->idle_polls + 1 : 0;
+  if (before != after) grid->polls = 0;
+  f.polled = address;
+  f.found = after;
+  go_on_later();
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
-  const dim3 g = config.gridDim, b = config.blockDim;
-  const bool valid = g.x && g.y && g.z && g.y < 65536 && g.z < 65536 && b.x && b.y && b.z &&
-                     b.x * b.y * b.z <= 1024 && config.dynamicSmemBytes <= 48 << 10;
-  if (!valid) return cudaErrorInvalidConfiguration;
+void fail(const char* message) {
+  record(message + place(" in block", blockIdx) + place(", thread", threadIdx));
+  wait();
+}
+
+std::string run_grid(const cudaLaunchConfig_t& config, bool cooperative,
+                     const std::function<void()>& kernel) {
   Grid here;
   here.kernel = &kernel;
-  failure.clear();
+  here.cooperative = cooperative;
+  here.threads = count(config.gridDim) * count(config.blockDim);
   grid = &here;
-  cudaError_t error = cudaSuccess;
-  try {
-    run(config);
-  } catch (const std::runtime_error& e) {
-    failure = e.what();
-    error = cudaErrorLaunchFailure;
-  }
+  run(config);
   grid = nullptr;
-  return error;
+  return here.failure;
 }
 
 }  // namespace cuda_host
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = cuda_host::current_device;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= cuda_host::kDevices) return cudaErrorInvalidDevice;
-  cuda_host::current_device = device;
-  return cudaSuccess;
-}
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
-  }
-  return "unknown";
-}
-const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchFailure ? cuda_host::failure.c_str() : cudaGetErrorName(error);
-}
 
 // ---- for the tests, through ctypes --------------------------------------------------------------
 #pragma GCC visibility push(default)
@@ -274,5 +308,6 @@ extern "C" {
 void cuda_host_seed(uint64_t seed) { cuda_host::generator.seed(seed); }
 // In every thread of every launch, barrier number `index` does not wait; -1: all do.
 void cuda_host_drop_barrier(long index) { cuda_host::dropped_barrier = index; }
+void cuda_host_drop_grid_barrier(long index) { cuda_host::dropped_grid_barrier = index; }
 }
 #pragma GCC visibility pop

@@ -1,0 +1,144 @@
+// The host's side of CUDA's runtime: two pretend devices, and launches on them.
+//
+// Device 0 is of sm_90 and has tensor cores; device 1 is of sm_75. Both have few and small
+// multiprocessors, so that grids which do not fit can be tested.
+#include <map>
+#include <mutex>
+
+#include "shim.h"
+
+namespace cuda_host {
+namespace {
+
+constexpr size_t kKiB = 1024;
+constexpr size_t kPlainMemory = 48 * kKiB;  // of a block, without asking for more
+constexpr int kThreadsOfBlock = 1024, kThreadsOfMultiprocessor = 1024;
+
+struct Device {
+  int architecture;  // 10 · major + minor
+  size_t block_memory, multiprocessor_memory;
+  size_t reserved_memory;  // of every block
+};
+constexpr int kDevices = 2;
+constexpr Device kDevice[kDevices] = {{90, 227 * kKiB, 228 * kKiB, kKiB},
+                                      {75, 64 * kKiB, 64 * kKiB, 0}};
+
+int multiprocessors = 4;
+thread_local int current_device = 0;
+thread_local std::string failure;
+
+// Of each device and kernel, what cudaFuncSetAttribute allowed.
+std::mutex allowed_guard;
+std::map<std::pair<int, const void*>, size_t> allowed;
+
+size_t allowed_memory(const void* kernel) {
+  const std::lock_guard<std::mutex> hold(allowed_guard);
+  const auto found = allowed.find({current_device, kernel});
+  return found == allowed.end() ? kPlainMemory : found->second;
+}
+
+bool valid(const cudaLaunchConfig_t& config) {
+  const dim3 g = config.gridDim, b = config.blockDim;
+  return g.x && g.y && g.z && g.y < 65536 && g.z < 65536 && b.x && b.y && b.z &&
+         count(b) <= kThreadsOfBlock;
+}
+
+}  // namespace
+
+cudaError_t attributes(cudaFuncAttributes* out) {
+  out->ptxVersion = kDevice[current_device].architecture;
+  return cudaSuccess;
+}
+
+cudaError_t allow_memory(const void* kernel, cudaFuncAttribute, int bytes) {
+  const size_t most = kDevice[current_device].block_memory;
+  if (bytes < 0 || static_cast<size_t>(bytes) > most) return cudaErrorInvalidValue;
+  const std::lock_guard<std::mutex> hold(allowed_guard);
+  allowed[{current_device, kernel}] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memory) {
+  if (threads < 1) return cudaErrorInvalidValue;
+  const Device& device = kDevice[current_device];
+  const size_t each = memory + device.reserved_memory;
+  const size_t by_memory = each ? device.multiprocessor_memory / each : SIZE_MAX;
+  const size_t by_threads = kThreadsOfMultiprocessor / ((threads + 31) / 32 * 32);
+  const bool fits = threads <= kThreadsOfBlock && memory <= allowed_memory(kernel);
+  *blocks = fits ? static_cast<int>(by_memory < by_threads ? by_memory : by_threads) : 0;
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& call) {
+  bool cooperative = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeCooperative) return cudaErrorNotSupported;
+    cooperative = config.attrs[i].val.cooperative != 0;
+  }
+  if (!valid(config)) return cudaErrorInvalidConfiguration;
+  if (config.dynamicSmemBytes > allowed_memory(kernel)) return cudaErrorInvalidValue;
+  if (cooperative) {
+    int each = 0;
+    occupancy(&each, kernel, static_cast<int>(count(config.blockDim)), config.dynamicSmemBytes);
+    if (count(config.gridDim) > static_cast<unsigned>(each * multiprocessors))
+      return cudaErrorCooperativeLaunchTooLarge;
+  }
+  failure = run_grid(config, cooperative, call);
+  return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace cuda_host
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_host::current_device;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= cuda_host::kDevices) return cudaErrorInvalidDevice;
+  cuda_host::current_device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device < 0 || device >= cuda_host::kDevices) return cudaErrorInvalidDevice;
+  const auto answer = [&](size_t found) {
+    *value = static_cast<int>(found);
+    return cudaSuccess;
+  };
+  const cuda_host::Device& d = cuda_host::kDevice[device];
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlock: return answer(cuda_host::kPlainMemory);
+    case cudaDevAttrMultiProcessorCount: return answer(cuda_host::multiprocessors);
+    case cudaDevAttrMaxThreadsPerMultiProcessor: return answer(cuda_host::kThreadsOfMultiprocessor);
+    case cudaDevAttrComputeCapabilityMajor: return answer(d.architecture / 10);
+    case cudaDevAttrComputeCapabilityMinor: return answer(d.architecture % 10);
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return answer(d.multiprocessor_memory);
+    case cudaDevAttrCooperativeLaunch: return answer(1);
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return answer(d.block_memory);
+  }
+  return cudaErrorInvalidValue;
+}
+// A launch has run when cudaLaunchKernelEx returns, and has returned its error.
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
+    case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+    case cudaErrorNotSupported: return "cudaErrorNotSupported";
+  }
+  return "unknown";
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? cuda_host::failure.c_str() : cudaGetErrorName(error);
+}
+
+// ---- for the tests, through ctypes --------------------------------------------------------------
+#pragma GCC visibility push(default)
+// The size of both devices from here on.
+extern "C" void cuda_host_multiprocessors(int count) { cuda_host::multiprocessors = count; }
+#pragma GCC visibility pop
