@@ -90,13 +90,15 @@ def tables(report: Report) -> list[Table]:
 def print_tables(report: Report) -> None:
     """Print all tables to stdout, in colour on a terminal."""
     box = require("rich.box", "bench")
-    console = require("rich.console", "bench").Console(highlight=False)
-    # In less the words of a line would be cut; a pipe has no width at all.
-    console.width = max(console.width, 150) if console.is_terminal else 250
+    # As wide as the tables need: what a narrow terminal breaks is still all there.
+    console = require("rich.console", "bench").Console(highlight=False, width=250)
     for table in tables(report):
         made = require("rich.table", "bench").Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(table.header):
-            made.add_column(name, justify="right" if index else "left", overflow="fold")
+            # Only headers have words to break between.
+            longest = max(len(row[index]) for row in table.rows)
+            justify = "right" if index else "left"
+            made.add_column(name, justify=justify, min_width=min(longest, 40), overflow="fold")
         for row in table.rows:
             made.add_row(*(cell.replace("[", r"\[") for cell in row))
         with console.capture() as captured:
