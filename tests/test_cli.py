@@ -75,7 +75,7 @@ def test_openmp_summary_says_plainly_that_two_are_loaded() -> None:
 def test_help_and_version(capsys: Capture) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"rnnkern {rnnkern.__version__}\n"
-    for argv in (["--help"], ["demo", "--help"], ["info", "--help"]):
+    for argv in (["--help"], ["demo", "--help"], ["bench", "--help"], ["info", "--help"]):
         assert cli.main(argv) == 0
         assert "usage: rnnkern" in capsys.readouterr().out
 

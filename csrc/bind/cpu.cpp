@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bind/problems.h"
+#include "bind/roofline.h"
 #include "cpu/driver.h"
 #include "cpu/team.h"
 
@@ -169,6 +170,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("outer_float64", &outer<double>);
   m.def("plan_float32", &plan<float>);
   m.def("plan_float64", &plan<double>);
+  m.def("roofline", &roofline);
   const char* isa = std::getenv("RNNKERN_ISA");
   if (isa && *isa) pin_isa(isa);
 }

@@ -1,6 +1,8 @@
 // The kernels, compiled for AVX2 and FMA; the flags stand in CMakeLists.txt.
 #include "cpu/isa.h"
+#include "cpu/roofline_loops.h"
 
 namespace rnnkern {
 const IsaKernels avx2_kernels = {"avx2", type_kernels<float>, type_kernels<double>};
-}
+const RooflineLoops avx2_roofline = roofline_loops("avx2");
+}  // namespace rnnkern

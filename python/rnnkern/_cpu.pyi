@@ -38,3 +38,7 @@ def outer_float32(
 
 linear_float64 = linear_float32
 outer_float64 = outer_float32
+
+def roofline(
+    quantity: str, threads: int, bytes: int, repeats: int
+) -> tuple[float, float, int] | None: ...

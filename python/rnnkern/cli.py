@@ -1,4 +1,4 @@
-"""The command line: ``rnnkern demo``, ``rnnkern info``.
+"""The command line: ``rnnkern demo``, ``rnnkern bench``, ``rnnkern info``.
 
 A command is one row of `COMMANDS`. Its exit status is what its function returns; a `CommandError`
 becomes one line on stderr and status 2, as do wrong options; Ctrl-C gives status 130.
@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch
 
 import rnnkern
+from rnnkern.bench import options as bench_options
 from rnnkern.demo import machine, options
 from rnnkern.demo.errors import CommandError
 
@@ -136,6 +137,12 @@ COMMANDS = (
         "train a character model with torch.nn and with rnnkern, side by side",
         options.add_arguments,
         later("rnnkern.demo.command"),
+    ),
+    Command(
+        "bench",
+        "time the CPU kernels against torch.nn, onnxruntime and the machine's limits",
+        bench_options.add_arguments,
+        later("rnnkern.bench.command"),
     ),
     Command("info", "print versions, ISA, threads and OpenMP runtime", lambda _: None, print_info),
 )

@@ -10,13 +10,15 @@ class CommandError(Exception):
     """An error to be shown as one line on stderr, with exit status 2 and no traceback."""
 
 
-def require(module: str) -> Any:
-    """Import an optional dependency of the demo.
+def require(module: str, extra: str = "demo") -> Any:
+    """Import an optional dependency of a command.
 
     Parameters
     ----------
     module : str
         Dotted name of the module, e.g. ``"rich.table"``.
+    extra : str
+        The extra of this package that brings it.
 
     Returns
     -------
@@ -32,4 +34,4 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise CommandError(f"{package} is missing: pip install 'rnnkern[demo]'") from None
+        raise CommandError(f"{package} is missing: pip install 'rnnkern[{extra}]'") from None

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--seq-len", 64, 10**7, "characters of each stream in a step"),
     ):
         text += " (default: %(default)s)"
-        add(name, type=_count(most), default=default, metavar="N", help=text)
+        add(name, type=count(most), default=default, metavar="N", help=text)
     add(
         "--lr",
         type=_positive,
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--threads",
-        type=_count(max(16, 4 * cpu_count())),
+        type=count(max(16, 4 * cpu_count())),
         metavar="N",
         help="CPU threads (default: torch's own choice)",
     )
     add(
         "--seed",
-        type=_number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1"),
+        type=number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1"),
         default=0,
         metavar="N",
         help="of the first weights and the sampled text (default: %(default)s)",
@@ -52,18 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("files").add_argument
     add(
         "--text",
-        type=_path,
+        type=path,
         metavar="FILE",
         help="UTF-8 text to learn (default: the source files of Python's standard library)",
     )
-    add("--out", type=_path, metavar="PNG", help=f"picture to write (default: {PICTURE})")
-    add("--save", type=_path, metavar="FILE", help="write the rnnkern model, as safetensors")
-    add("--sample-from", type=_path, metavar="FILE", help="read such a model, and only sample text")
+    add("--out", type=path, metavar="PNG", help=f"picture to write (default: {PICTURE})")
+    add("--save", type=path, metavar="FILE", help="write the rnnkern model, as safetensors")
+    add("--sample-from", type=path, metavar="FILE", help="read such a model, and only sample text")
     add = parser.add_argument_group("sampled text").add_argument
     add("--prompt", default="\n", metavar="TEXT", help="text to go on from (default: a new line)")
     add(
         "--length",
-        type=_count(10**8),
+        type=count(10**8),
         default=400,
         metavar="N",
         help="characters to sample (default: %(default)s)",
@@ -86,7 +86,7 @@ def repeat(args: argparse.Namespace, threads: int) -> str:
     return shlex.join(words + (["--text", str(args.text)] if args.text else []))
 
 
-def _number(
+def number(
     convert: Callable[[str], Any], valid: Callable[[Any], bool], wanted: str
 ) -> Callable[[str], Any]:
     """Return an argparse type that takes valid numbers, and tells for others what was wanted."""
@@ -103,16 +103,18 @@ def _number(
     return parse
 
 
-def _count(most: int) -> Callable[[str], Any]:
-    return _number(int, lambda value: 1 <= value <= most, f"a whole number from 1 to {most:,}")
+def count(most: int) -> Callable[[str], Any]:
+    """Return an argparse type for a whole number from 1 to `most`."""
+    return number(int, lambda value: 1 <= value <= most, f"a whole number from 1 to {most:,}")
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
+    """Take a file's name, as an argparse type."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a file name")
     return Path(text)
 
 
-_positive = _number(
+_positive = number(
     float, lambda value: value > 0 and math.isfinite(value), "a number greater than 0"
 )
