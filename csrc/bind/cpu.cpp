@@ -3,10 +3,12 @@
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "bind/problems.h"
 #include "bind/roofline.h"
 #include "cpu/driver.h"
+#include "cpu/stack.h"
 #include "cpu/team.h"
 
 using namespace rnnkern;
@@ -43,6 +45,28 @@ void backward(int cell, int threads, const py::tuple& seq, const py::tuple& size
   {
     py::gil_scoped_release release;
     status = run_backward<T>(cell, p, threads);
+  }
+  raise(status);
+}
+
+// Inference through a stack (see cpu/stack.h); every address is an integer, 0: absent.
+template <class T>
+void infer(int cell, int threads, int64_t T_, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
+           int64_t layers, bool bias, bool batch_first, uintptr_t input, uintptr_t y, uintptr_t h0,
+           uintptr_t c0, uintptr_t hn, uintptr_t cn, const py::tuple& weights) {
+  const auto in = [](uintptr_t at) { return reinterpret_cast<const T*>(at); };
+  const auto out = [](uintptr_t at) { return reinterpret_cast<T*>(at); };
+  StackProblem<T> s{T_,       B,      I,  H,          P, D, layers, bias, batch_first,
+                    in(input), out(y), {in(h0), in(c0)}, {out(hn), out(cn)}, nullptr};
+  if (static_cast<int64_t>(weights.size()) != s.weight_count())
+    throw py::value_error("weights: expected " + std::to_string(s.weight_count()));
+  std::vector<const T*> addresses(weights.size());
+  for (size_t i = 0; i < addresses.size(); ++i) addresses[i] = pointer<const T>(weights[i]);
+  s.weights = addresses.data();
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = run_stack<T>(cell, s, threads);
   }
   raise(status);
 }
@@ -164,6 +188,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("forward_float64", &forward<double>);
   m.def("backward_float32", &backward<float>);
   m.def("backward_float64", &backward<double>);
+  m.def("infer_float32", &infer<float>);
+  m.def("infer_float64", &infer<double>);
   m.def("linear_float32", &linear<float>);
   m.def("linear_float64", &linear<double>);
   m.def("outer_float32", &outer<float>);

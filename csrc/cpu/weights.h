@@ -139,11 +139,18 @@ struct Weights {
         Pack<T> acc[L];
 #pragma GCC unroll 16
         for (int l = 0; l < L; ++l) acc[l] = Pack<T>(T(0));
-        for (int64_t k = 0; k < K; k += L) {
+        const T* w = rows + r0 * ld;
+        int64_t k = 0;
+        for (; lanes == L && k + L <= K; k += L) {
+          const Pack<T> operand = Pack<T>::load(a + j * lda + k);
+#pragma GCC unroll 16
+          for (int l = 0; l < L; ++l) acc[l] = fma(Pack<T>::load(w + l * ld + k), operand, acc[l]);
+        }
+        for (; k < K; k += L) {
           const int columns = static_cast<int>(minimum(L, K - k));
           const Pack<T> operand = load(a + j * lda + k, columns);
           Pack<T> square[L];
-          load_square(rows + r0 * ld + k, ld, lanes, columns, square);
+          load_square(w + k, ld, lanes, columns, square);
 #pragma GCC unroll 16
           for (int l = 0; l < L; ++l) acc[l] = fma(square[l], operand, acc[l]);
         }

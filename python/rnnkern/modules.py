@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import layers
+from rnnkern import eager, layers
 from rnnkern.cells import get_cell
 from rnnkern.layers import States, Structure
 
@@ -83,6 +83,10 @@ class _Recurrent(nn.RNNBase):
         ValueError, RuntimeError
             As torch's module does, and for lengths, resets or reset_state that do not fit.
         """
+        if lengths is None and resets is None and reset_state is None:
+            result = self._forward_eagerly(input, hx)
+            if result is not None:
+                return result
         weights = self._current_weights()
         batch_sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
         states = None if hx is None else self._as_states(hx)
@@ -99,6 +103,33 @@ class _Recurrent(nn.RNNBase):
             reset_states=None if reset_state is None else self._as_reset_states(reset_state),
         )
         return y, self._as_hidden(finals)
+
+    def _forward_eagerly(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any] | None:
+        """Return the result the short way, or None if this call cannot go it."""
+        if type(input) is not Tensor or (self.training and self.dropout > 0):
+            return None
+        cell = get_cell(self._cell_name())
+        states = hx if hx is None or cell.states == 2 else (hx,)
+        found = self._parameters
+        try:
+            weights = [found[name] for name in self._flat_weights_names]
+        except KeyError:  # computed from others, by a parametrization
+            return None
+        results = eager.run(
+            cell,
+            input,
+            states,
+            weights,
+            sizes=(self.input_size, self.hidden_size, self.proj_size or self.hidden_size),
+            layers=self.num_layers,
+            directions=2 if self.bidirectional else 1,
+            bias=self.bias,
+            batch_first=self.batch_first,
+        )
+        if results is None:
+            return None
+        y, *finals = results
+        return y.transpose(0, 1) if self.batch_first else y, self._as_hidden(tuple(finals))
 
     def _as_states(self, hx: Any) -> States:
         return (hx,)

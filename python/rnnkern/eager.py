@@ -1,0 +1,138 @@
+"""The short way from a module to the CPU's kernels, for inference.
+
+One step of a small layer takes the kernel two or three microseconds, and the way through checks,
+operator and dispatcher thirty times as long. What most calls need, padded dense data of one type and
+whole rows, goes straight to the kernel here; whatever is unusual in a call, in its tensors or in
+torch's state at the time makes :func:`run` return None, and the call takes the general way, which
+knows all forms and all errors. The kernels and so the results are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rnnkern._native import _cpu
+from rnnkern.cells import Cell
+
+_RUN = {torch.float32: _cpu.infer_float32, torch.float64: _cpu.infer_float64}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain() -> bool:
+    """Return whether nothing traces, transforms or watches what torch's operators do now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is what the kernel reads: elements of one type side by side."""
+    return (
+        type(t) in _PLAIN
+        and t.shape == shape
+        and t.dtype is dtype
+        and t.is_cpu
+        and t.is_contiguous()
+        and not t.is_neg()
+    )
+
+
+def run(
+    cell: Cell,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    sizes: tuple[int, int, int],
+    layers: int,
+    directions: int,
+    bias: bool,
+    batch_first: bool,
+) -> tuple[Tensor, ...] | None:
+    """Run a stack of layers on padded data.
+
+    Parameters
+    ----------
+    input : Tensor
+        [T,B,I], or [B,T,I] with `batch_first`.
+    states : sequence of Tensor or None
+        h [L·D,B,P] (and c [L·D,B,H]); None: zero.
+    weights : sequence of Tensor
+        As in :func:`rnnkern.layers.run`.
+    sizes : (I, H, P)
+        Input features, hidden units, and the projected size, H without a projection.
+
+    Returns
+    -------
+    tuple of Tensor or None
+        y [T,B,D·P] and the final states; None if the general way must be taken.
+    """
+    I, H, P = sizes
+    dtype = input.dtype
+    if dtype not in _RUN or input.dim() != 3 or not is_plain():
+        return None
+    T, B = input.shape[:2]
+    if batch_first:
+        T, B = B, T
+    if T == 0 or B == 0 or not dense(input, dtype, (B, T, I) if batch_first else (T, B, I)):
+        return None
+    widths = (P, H)[: cell.states]
+    initial = [0, 0]
+    if states is not None:
+        if type(states) is not tuple or len(states) != cell.states:
+            return None
+        for k, state in enumerate(states):
+            if not dense(state, dtype, (layers * directions, B, widths[k])):
+                return None
+            initial[k] = state.data_ptr()
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *weights):
+        return None
+    addresses = _addresses(weights, dtype, cell.gates * H, sizes, directions, bias)
+    if addresses is None:
+        return None
+    y = torch.empty(T, B, directions * P, dtype=dtype)
+    hn = torch.empty(layers * directions, B, P, dtype=dtype)
+    cn = torch.empty(layers * directions, B, H, dtype=dtype) if cell.states == 2 else None
+    _RUN[dtype](
+        cell.index,
+        torch.get_num_threads(),
+        *(T, B, I, H, P, directions, layers, bias, batch_first),
+        *(input.data_ptr(), y.data_ptr(), *initial, hn.data_ptr()),
+        0 if cn is None else cn.data_ptr(),
+        addresses,
+    )
+    return (y, hn) if cn is None else (y, hn, cn)
+
+
+def _addresses(
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
+    gates: int,
+    sizes: tuple[int, int, int],
+    directions: int,
+    bias: bool,
+) -> tuple[int, ...] | None:
+    """Return where the weights are, or None if one of them is not what the kernel reads."""
+    I, H, P = sizes
+    others = (((gates,), (gates,)) if bias else ()) + (((P, H),) if P != H else ())
+    shapes = ((gates, I), (gates, P), *others) * directions
+    for t, shape in zip(weights, shapes, strict=False):
+        if not dense(t, dtype, shape):
+            return None
+    if len(weights) > len(shapes):
+        shapes = ((gates, directions * P), (gates, P), *others)
+        for i in range(len(shapes) * directions, len(weights)):
+            if not dense(weights[i], dtype, shapes[i % len(shapes)]):
+                return None
+    return tuple([t.data_ptr() for t in weights])
