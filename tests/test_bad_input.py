@@ -173,7 +173,7 @@ SCARCE = """
     torch.set_num_threads(1)
     rnnkern.RNN(4, 4)(torch.randn(2, 1, 4))[0].sum().backward()  # whatever loads on first use
     module = rnnkern.RNN(4, 6000)  # its weights are 144 MB, and so is the kernel's copy
-    x = torch.randn(2, 1, 4)
+    x = torch.randn(8, 1, 4)
     y = module(x)[0] if sys.argv[1] == "backward" else None
     pages = int(open("/proc/self/statm").read().split()[0])
     limit = pages * resource.getpagesize() + 64 * 2**20

@@ -1,4 +1,4 @@
-"""The short way to the CPU's kernels: it is taken when it may be, and gives what the long one gives."""
+"""The short way to the kernels: taken when it may be, with the results of the long one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def test_equal_to_the_general_way(
 ) -> None:
     module, x, hx = made(name, options, dtype)
     args = (x, hx) if stated else (x,)
-    general = {k: t.detach() for k, t in flat(module(*args)).items()}  # gradients are wanted there
+    with torch.autograd.profiler.profile():  # which sends calls the general way
+        general = {k: t.detach() for k, t in flat(module(*args)).items()}
     with torch.no_grad(), counted(monkeypatch) as taken:
         found = flat(module(*args))
     assert taken == [True]
@@ -77,33 +78,115 @@ def test_equal_to_the_general_way(
     assert [t.stride() for t in found.values()] == [t.stride() for t in general.values()]
 
 
-def test_without_gradients_to_record_it_is_taken_in_any_grad_mode(
+def gradients(module: nn.Module, x: Tensor, hx: Any) -> dict[str, Tensor]:
+    """Return all results, and all gradients of a sum that every result takes part in."""
+    states = hx if isinstance(hx, tuple) else (hx,)
+    leaves = [t.clone().requires_grad_() for t in (x, *states)]
+    results = flat(module(leaves[0], tuple(leaves[1:]) if isinstance(hx, tuple) else leaves[1]))
+    loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in results.values())
+    wanted = [*leaves, *module.parameters()]
+    grads = torch.autograd.grad(loss, wanted, create_graph=False)
+    return results | {f"gradient{i}": g for i, g in enumerate(grads)}
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_equal_those_of_the_general_way(
+    name: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x, hx = made(name, options, dtype)
+    with counted(monkeypatch) as taken:
+        found = gradients(module, x, hx)
+    assert taken == [True]
+    with torch.autograd.profiler.profile():
+        assert_identical(found, gradients(module, x, hx))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_only_the_gradients_that_are_asked_for(name: str) -> None:
+    module, x, hx = made(name, {"bidirectional": True}, torch.float64)
+    every = dict(module.named_parameters())
+    wanted = torch.autograd.grad(module(x, hx)[0].sum(), list(every.values()))
+    for (kept, value), gradient in zip(every.items(), wanted, strict=True):
+        for key, parameter in every.items():
+            parameter.requires_grad_(key == kept)
+        (found,) = torch.autograd.grad(module(x, hx)[0].sum(), value)
+        assert torch.equal(found, gradient)
+
+
+def test_only_a_state_or_the_input_has_a_gradient() -> None:
+    module, x, hx = made("LSTM", {}, torch.float64)
+    module.requires_grad_(False)
+    states = [t.clone().requires_grad_() for t in hx]
+    y, (h, c) = module(x, (states[0], hx[1]))
+    assert torch.autograd.grad(c.sum(), states[0])[0].abs().sum() > 0
+    y, _ = module(x.requires_grad_(), hx)
+    assert torch.autograd.grad(y[0, 0, 0], x)[0][1:].abs().sum() == 0
+    y, (h, c) = module(x.detach(), tuple(states))
+    assert y.requires_grad
+    assert h.requires_grad
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS[:5])
+def test_double_backward(name: str, options: dict[str, Any]) -> None:
+    module, x, hx = made(name, options, torch.float64)
+    states = hx if isinstance(hx, tuple) else (hx,)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = tensors[1:] if isinstance(hx, tuple) else tensors[1]
+        return tuple(flat(module(tensors[0], given)).values())
+
+    leaves = [t[:2] if i == 0 and not module.batch_first else t for i, t in enumerate((x, *states))]
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    assert torch.autograd.gradgradcheck(call, leaves, atol=1e-6, fast_mode=True)
+
+
+def test_changed_inputs_are_refused_in_backward() -> None:
+    module, x, _ = made("GRU", {}, torch.float32)
+    y = module(x)[0]
+    with torch.no_grad():
+        module.weight_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_that_arrive_in_odd_shapes() -> None:
+    module, x, _ = made("LSTM", {}, torch.float64)
+    weights = list(module.parameters())
+    dense = torch.randn(5, 3, 9, dtype=torch.float64)
+    odd = {
+        "dense": lambda y: y,
+        "batch-major": lambda y: y.transpose(0, 1).contiguous().transpose(0, 1),
+        "with gaps": lambda y: torch.stack((y, y), -1)[..., 0],
+    }
+    found = [torch.autograd.grad(module(x)[0], weights, make(dense)) for make in odd.values()]
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+    expanded = torch.autograd.grad(module(x)[0].sum(), weights)
+    ones = torch.autograd.grad(module(x)[0], weights, torch.ones_like(dense))
+    assert all(map(torch.equal, expanded, ones))
+
+
+def test_without_weights_that_learn_it_is_taken_in_any_grad_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module, x, hx = made("LSTM", {}, torch.float32)
+    module, x, _ = made("LSTM", {}, torch.float32)
     with counted(monkeypatch) as taken:
-        module(x)
-        module.requires_grad_(False)(x)
-        module(x, (hx[0].requires_grad_(), hx[1]))
-        module(x.requires_grad_())
-    assert taken == [False, True, False, False]
+        assert not module.requires_grad_(False)(x)[0].requires_grad
+    assert taken == [True]
 
 
 class Watching(TorchDispatchMode):
     """A dispatch mode that changes nothing."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
 class Overriding(TorchFunctionMode):
     """A function mode that changes nothing."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
 
 
@@ -186,7 +269,7 @@ def test_errors_are_those_of_the_general_way() -> None:
 
 
 def test_the_native_call_checks_its_sizes() -> None:
-    call = eager._RUN[torch.float32]
+    call = eager._cpu.infer_float32
     with pytest.raises(ValueError, match="weights: expected 4"):
         call(0, 1, 1, 1, 1, 1, 1, 1, 1, True, False, 0, 0, 0, 0, 0, 0, (0, 0))
     with pytest.raises(ValueError, match="problem: sizes out of range"):

@@ -8,7 +8,7 @@ import pytest
 import rnnkern
 import torch
 from cases import use_isa
-from rnnkern import _native, cpu
+from rnnkern import _native, cpu, eager, eager_training
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -111,11 +111,11 @@ def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     class Watched:
         def __getattr__(self, name: str) -> Any:
-            if name.startswith(("forward_", "backward_")):
-                calls.append(name)
+            calls.append(name.replace("infer", "forward"))
             return getattr(_native._cpu, name)
 
-    monkeypatch.setattr(cpu, "_cpu", Watched())
+    for module in (cpu, eager, eager_training):
+        monkeypatch.setattr(module, "_cpu", Watched())
     return calls
 
 

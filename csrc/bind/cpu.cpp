@@ -56,8 +56,20 @@ void infer(int cell, int threads, int64_t T_, int64_t B, int64_t I, int64_t H, i
            uintptr_t c0, uintptr_t hn, uintptr_t cn, const py::tuple& weights) {
   const auto in = [](uintptr_t at) { return reinterpret_cast<const T*>(at); };
   const auto out = [](uintptr_t at) { return reinterpret_cast<T*>(at); };
-  StackProblem<T> s{T_,       B,      I,  H,          P, D, layers, bias, batch_first,
-                    in(input), out(y), {in(h0), in(c0)}, {out(hn), out(cn)}, nullptr};
+  StackProblem<T> s{T_,
+                    B,
+                    I,
+                    H,
+                    P,
+                    D,
+                    layers,
+                    bias,
+                    batch_first,
+                    in(input),
+                    out(y),
+                    {in(h0), in(c0)},
+                    {out(hn), out(cn)},
+                    nullptr};
   if (static_cast<int64_t>(weights.size()) != s.weight_count())
     throw py::value_error("weights: expected " + std::to_string(s.weight_count()));
   std::vector<const T*> addresses(weights.size());
@@ -72,56 +84,24 @@ void infer(int cell, int threads, int64_t T_, int64_t B, int64_t I, int64_t H, i
 }
 
 template <class T>
-void linear(int threads, int64_t N, int64_t K, int64_t O, uintptr_t a, uintptr_t w, uintptr_t b,
-            uintptr_t out) {
-  const LinearProblem<T> p{N,
-                           K,
-                           O,
-                           reinterpret_cast<const T*>(a),
-                           reinterpret_cast<const T*>(w),
-                           reinterpret_cast<const T*>(b),
-                           reinterpret_cast<T*>(out)};
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = run_linear<T>(p, threads);
-  }
-  raise(status);
-}
-
-template <class T>
-void outer(int threads, int64_t N, int64_t O, uintptr_t a, int64_t lda, uintptr_t sum,
-           const py::tuple& factors) {
-  OuterProblem<T> p{N, O, reinterpret_cast<const T*>(a), lda, reinterpret_cast<T*>(sum), {}};
-  if (factors.size() > 2) throw py::value_error("factors: expected at most 2");
-  for (size_t i = 0; i < factors.size(); ++i) {
-    const auto t = factors[i].cast<py::tuple>();
-    p.b[i] = {t[0].cast<int64_t>(), pointer<const T>(t[1]), t[2].cast<int64_t>(), pointer<T>(t[3])};
-  }
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = run_outer<T>(p, threads);
-  }
-  raise(status);
-}
-
-template <class T>
 py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D,
-              bool back) {
+              int64_t I, bool back) {
   if (cell < 0 || cell >= cell_count()) raise(Status::unknown_cell);
   if (D < 1 || D > kMaxDirections) throw py::value_error("D: expected 1 or 2");
-  const T some = 0;  // only whether there is a projection counts
+  T some = 0;  // only whether there is a projection, or a gradient of the input, counts
   const auto sized = [&](auto problem) {
     problem.seq.T = T_;
     problem.seq.B = B;
     problem.H = H;
     problem.P = P;
+    problem.I = I;
     problem.D = D;
     if (P != H) problem.dir[0].W_hr = &some;
     return problem;
   };
-  const Plan chosen = back ? plan_backward<T>(cell, sized(BackwardProblem<T>{}), threads)
+  BackwardProblem<T> backward{};
+  backward.dinput = &some;
+  const Plan chosen = back ? plan_backward<T>(cell, sized(backward), threads)
                            : plan_forward<T>(cell, sized(ForwardProblem<T>{}), threads);
   py::dict d;
   d["threads"] = chosen.threads();
@@ -182,7 +162,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &current_isa);
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &pin_isa);
-  m.def("in_forked_child", &in_forked_child);
   m.def("allow_oversubscription", &allow_oversubscription);
   m.def("forward_float32", &forward<float>);
   m.def("forward_float64", &forward<double>);
@@ -190,10 +169,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("backward_float64", &backward<double>);
   m.def("infer_float32", &infer<float>);
   m.def("infer_float64", &infer<double>);
-  m.def("linear_float32", &linear<float>);
-  m.def("linear_float64", &linear<double>);
-  m.def("outer_float32", &outer<float>);
-  m.def("outer_float64", &outer<double>);
   m.def("plan_float32", &plan<float>);
   m.def("plan_float64", &plan<double>);
   m.def("roofline", &roofline);

@@ -35,7 +35,7 @@ inline Sequence sequence(const py::tuple& t) {
   return s;
 }
 
-// (H, P, x_rows, y_rows)
+// (H, P, x_rows, y_rows, I, input)
 template <class Problem>
 void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes,
                const py::tuple& directions) {
@@ -44,19 +44,18 @@ void set_sizes(Problem& p, const py::tuple& seq, const py::tuple& sizes,
   p.P = integer(sizes[1]);
   p.x_rows = rows(sizes[2]);
   p.y_rows = rows(sizes[3]);
+  p.I = integer(sizes[4]);
+  p.input = pointer<const typename Problem::Data>(sizes[5]);
   p.D = static_cast<int64_t>(directions.size());
   if (p.D > kMaxDirections) throw py::value_error("directions: at most 2");
 }
 
-// Sizes as above and (I, input); directions (reverse, W, b_ih, R, b, W_hr, x, h0, c0, reset_h,
-// reset_c, hn, cn, y, h_prev, saved)
+// (reverse, W, b_ih, R, b, W_hr, x, h0, c0, reset_h, reset_c, hn, cn, y, h_prev, saved)
 template <class T>
 ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, bool training,
                                   const py::tuple& directions) {
   ForwardProblem<T> p{};
   set_sizes(p, seq, sizes, directions);
-  p.I = integer(sizes[4]);
-  p.input = pointer<const T>(sizes[5]);
   p.training = training;
   for (size_t d = 0; d < directions.size(); ++d) {
     const auto t = directions[d].cast<py::tuple>();
@@ -77,13 +76,14 @@ ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, 
   return p;
 }
 
-// (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn, dx, extra, dh, dh0, dc0, dreset_h,
-// dreset_c)
+// Sizes as above, then dinput; directions (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn, dh0,
+// dc0, dreset_h, dreset_c, W, dW, dR, db_ih, db_hh, dW_hr, dx, extra, dh)
 template <class T, class A = T>
 BackwardProblem<T, A> backward_problem(const py::tuple& seq, const py::tuple& sizes,
                                        const py::tuple& directions) {
   BackwardProblem<T, A> p{};
   set_sizes(p, seq, sizes, directions);
+  p.dinput = pointer<T>(sizes[6]);
   for (size_t d = 0; d < directions.size(); ++d) {
     const auto t = directions[d].cast<py::tuple>();
     p.dir[d] = {t[0].cast<bool>(),
@@ -94,11 +94,14 @@ BackwardProblem<T, A> backward_problem(const py::tuple& seq, const py::tuple& si
                 pointer<const T>(t[5]),
                 pointer<const T>(t[6]),
                 {pointer<const T>(t[7]), pointer<const T>(t[8])},
-                pointer<T>(t[9]),
-                pointer<T>(t[10]),
-                pointer<T>(t[11]),
-                {pointer<T>(t[12]), pointer<T>(t[13])},
-                {pointer<A>(t[14]), pointer<A>(t[15])}};
+                {pointer<A>(t[11]), pointer<A>(t[12])},
+                {pointer<T>(t[9]), pointer<T>(t[10])},
+                pointer<const T>(t[13]),
+                {pointer<T>(t[14]), pointer<T>(t[15]), pointer<T>(t[16]), pointer<T>(t[17]),
+                 pointer<T>(t[18])},
+                pointer<T>(t[19]),
+                pointer<T>(t[20]),
+                pointer<T>(t[21])};
   }
   return p;
 }

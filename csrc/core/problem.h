@@ -39,6 +39,8 @@ struct Sequence {
   const int64_t* lengths;  // [B], steps of each padded row (CUDA only); null: see active
 
   int64_t rows_at(int64_t t) const { return active ? active[t] : B; }
+  // Rows of all data; not for CUDA's packed data, whose active lies on the device.
+  int64_t data_rows() const { return offset ? offset[T - 1] + active[T - 1] : T * B; }
   RNNKERN_HD int64_t batch_row(int64_t j) const { return order ? order[j] : j; }
   int64_t data_row(const Rows& rows, int64_t t, int64_t j) const {
     return offset ? offset[t] + j : t * rows.stride_t + batch_row(j) * rows.stride_b;
@@ -68,12 +70,23 @@ struct ForwardDirection {
 
 template <class T>
 struct ForwardProblem {
+  using Data = T;
   Sequence seq;
   int64_t H, P, D, I;
   Rows x_rows, y_rows;  // rows of input, x, h_prev and saved; rows of y
   const T* input;       // [N,I] (CPU)
   bool training;
   ForwardDirection<T> dir[kMaxDirections];
+};
+
+// Where the weights' gradients go; null: not asked for.
+template <class T>
+struct WeightGradients {
+  T* dW;     // [G,H,I]
+  T* dR;     // [G,H,P]
+  T* db_ih;  // [G,H]
+  T* db_hh;  // [G,H]
+  T* dW_hr;  // [P,H]
 };
 
 // A is the type that sums over steps are kept in: T, or float for 16-bit data.
@@ -87,18 +100,25 @@ struct BackwardDirection {
   const T* saved;               // [N,K,H]
   const T* dy;                  // this direction's part of [N,D,P]; null: zero
   const T* dfinal[kMaxStates];  // dhn [B,P], dcn [B,H]; null: zero
-  T* dx;                        // [N,G,H] out
-  T* extra;                     // [N,H] out (see Extra), or null
-  T* dh;                        // [N,P] out with a projection: the whole gradient of h; else null
-  T* dinitial[kMaxStates];      // dh0 [B,P], dc0 [B,H] out
   A* dreset[kMaxStates];        // [B,P], [B,H], added to; or null: dropped
+  T* dinitial[kMaxStates];      // dh0 [B,P], dc0 [B,H] out; on the CPU null: not asked for
+  // On the CPU, which multiplies by the weights and sums over steps itself:
+  const T* W;               // [G,H,I]
+  WeightGradients<T> sums;  // out
+  // On CUDA, where the caller does that:
+  T* dx;     // [N,G,H] out
+  T* extra;  // [N,H] out (see Extra), or null
+  T* dh;     // [N,P] out with a projection: the whole gradient of h; else null
 };
 
 template <class T, class A = T>
 struct BackwardProblem {
+  using Data = T;
   Sequence seq;
-  int64_t H, P, D;
-  Rows x_rows, y_rows;  // rows of gates, h_prev, saved and every output; rows of dy
+  int64_t H, P, D, I;
+  Rows x_rows, y_rows;  // rows of input, gates, h_prev, saved and every output; rows of dy
+  const T* input;       // [N,I] (CPU)
+  T* dinput;            // [N,I] out (CPU), or null: not asked for
   BackwardDirection<T, A> dir[kMaxDirections];
 };
 
@@ -111,37 +131,31 @@ bool valid_sizes(const Problem& p, bool may_project) {
   return sizes && (p.dir[0].W_hr ? may_project : p.P == p.H);
 }
 
-// out = a·wᵀ + b
-template <class T>
-struct LinearProblem {
-  int64_t N, K, O;
-  const T* a;  // [N,K]
-  const T* w;  // [O,K]
-  const T* b;  // [O], or null
-  T* out;      // [N,O]
-
-  int64_t multiplications() const { return N * K * O; }
+// Which rows of all data the rows of a chunk are: row n is first + n / group · outer + n % group · inner.
+struct RowMap {
+  int64_t first, group, outer, inner;
+  int64_t at(int64_t n) const { return first + n / group * outer + n % group * inner; }
 };
 
-// out = aᵀ·data
+// out = aᵀ·data, or with `adds` out += aᵀ·data
 template <class T>
 struct OuterFactor {
-  int64_t I;
-  const T* data;  // [N,I], rows ld apart
+  int64_t I;      // 0: none
+  const T* data;  // rows of I, ld apart
   int64_t ld;
-  T* out;  // [O,I]
+  RowMap rows;  // of data, that belong to those of a
+  T* out;       // [O,I]
 };
 
-// The products of one a with up to two factors (I = 0: none), and the sum of its rows.
+// The products of one a with up to two factors, and the sum of its rows.
 template <class T>
 struct OuterProblem {
   int64_t N, O;
   const T* a;  // [N,O], rows lda apart
   int64_t lda;
-  T* sum;  // [O], or null
+  bool adds;
+  T* sum[2];  // [O], or null
   OuterFactor<T> b[2];
-
-  int64_t multiplications() const { return N * O * (b[0].I + b[1].I); }
 };
 
 }  // namespace rnnkern

@@ -8,7 +8,7 @@
 // the initial states.
 #pragma once
 
-#include "cpu/loop.h"
+#include "cpu/gradients.h"
 
 namespace rnnkern {
 namespace {
@@ -21,7 +21,7 @@ class BackwardLoop {
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_elements).
-  BackwardLoop(const BackwardProblem<T>& problem, T* base)
+  BackwardLoop(const BackwardProblem<T>& problem, int threads, T* base)
       : p_(problem), projects_(problem.dir[0].W_hr) {
     Carver<T> carver{base};
     const int64_t H = p_.H, B = p_.seq.B;
@@ -32,6 +32,7 @@ class BackwardLoop {
       if (projects_) s.projection = transposed(carver, p_.P, H);
       s.dr[0] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.dr[1] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
+      s.gradients = {p_, d, carver};
       if (!projects_) s.dh_direct = Matrix<T>::carve(carver, B, H);
       if (S == 2) s.dc = Matrix<T>::carve(carver, B, H);
       if (F == 2) {
@@ -40,6 +41,8 @@ class BackwardLoop {
       }
       if (projects_) s.dh = Matrix<T>::carve(carver, B, p_.P);
     }
+    thread_elements_ = Gradients<Cell, T>::scratch_elements(p_);
+    threads_scratch_ = carver.take(threads * thread_elements_);
     scratch_elements_ = carver.used;
   }
 
@@ -53,6 +56,7 @@ class BackwardLoop {
     w.D = p_.D;
     w.weights = G * p_.H * p_.P + (projects_ ? p_.H * p_.P : 0);
     w.outputs = 2 * G * p_.H + (projects_ ? p_.P : 0);
+    w.inputs = G * p_.H * ((p_.dinput ? 2 : 1) * p_.I + p_.P);
     w.packs = true;
     w.panels = s.first.panels(p_.P);
     if (F == 2) w.panels = minimum(w.panels, s.second.panels(p_.H));
@@ -69,12 +73,21 @@ class BackwardLoop {
     const Range mine = part(p_.D, place.direction_group, plan.direction_groups);
     for (int64_t d = mine.begin; d < mine.end; ++d) prepare(static_cast<int>(d), place);
     if (plan.threads() > 1) barriers[0].wait();
-    Barrier* barrier = plan.unit_groups > 1 ? &barriers[place.barrier()] : nullptr;
-    for (int64_t d = mine.begin; d < mine.end; ++d) time_loop(static_cast<int>(d), place, barrier);
+    T* scratch = threads_scratch_ + rank * thread_elements_;
+    for (int64_t d = mine.begin; d < mine.end; ++d) {
+      time_loop(static_cast<int>(d), place, scratch,
+                place.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
+                place.unit_groups > 1 ? &barriers[place.barrier()] : nullptr);
+    }
+    if (p_.D == 2 && p_.dinput) {
+      if (plan.threads() > 1) barriers[0].wait();
+      dir_[1].gradients.add_input(rank, plan.threads());
+    }
   }
 
  private:
   struct Direction {
+    Gradients<Cell, T> gradients;
     Weights<T, 1> first, second, projection;  // transposed
     Matrix<T> dr[2];                          // [B, gates of phase 0, H]
     Matrix<T> dr_second;                      // [B, gates of phase 1, H]
@@ -100,14 +113,15 @@ class BackwardLoop {
       const Range mine = part(w.panels(w.N), place.index, place.count);
       w.pack_columns(R, ldr, mine.begin, mine.end);
     };
-    pack(s.first, io.R, p_.P);
+    if (p_.seq.T > 1 || hands_out(d)) pack(s.first, io.R, p_.P);
     if (F == 2) pack(s.second, io.R + Cell::first[F - 1] * p_.H * p_.P, p_.P);
     if (projects_) pack(s.projection, io.W_hr, p_.H);
+    s.gradients.prepare(place);
     // A row of length zero hands its final state's gradient through.
     const Range rows = part(p_.seq.B, place.index, place.count);
     for (int64_t j = maximum(rows.begin, p_.seq.rows_at(0)); j < rows.end; ++j) {
       for (int k = 0; k < S; ++k) {
-        if (!io.dfinal[k]) continue;
+        if (!io.dfinal[k] || !io.dinitial[k]) continue;
         const int64_t width = state_width(k), at = p_.seq.batch_row(j) * width;
         std::memcpy(io.dinitial[k] + at, io.dfinal[k] + at, static_cast<size_t>(width) * sizeof(T));
       }
@@ -116,11 +130,39 @@ class BackwardLoop {
 
   int64_t state_width(int k) const { return k == 0 ? p_.P : p_.H; }
 
-  void time_loop(int d, const Place& place, Barrier* barrier) {
+  // Chunks of steps, each followed by its products. `all`: of the threads that share the direction;
+  // `barrier`: of those that share its rows.
+  void time_loop(int d, const Place& place, T* scratch, Barrier* all, Barrier* barrier) {
     const bool reverse = p_.dir[d].reverse;
+    Gradients<Cell, T>& gradients = dir_[d].gradients;
+    const int64_t T_ = p_.seq.T, chunk = gradients.steps();
     Step step{};
     step.t = -1;
-    for (int64_t s = 0; s <= p_.seq.T; ++s) {
+    for (int64_t s = 0; s < T_; s += chunk) {
+      const int64_t end = minimum(T_, s + chunk);
+      gradients.open(reverse ? s : T_ - end, reverse ? end : T_ - s, place);
+      if (all) all->wait();  // what is open is empty, and the chunk before has been read
+      visit(d, s, end, step, place, barrier);
+      if (all) all->wait();
+      gradients.close(s / chunk, place, scratch);
+      if (gradients.ends_piece(s / chunk)) {
+        if (all) all->wait();
+        gradients.add_piece(s / chunk, place);
+      }
+    }
+    if (hands_out(d)) visit(d, T_, T_ + 1, step, place, barrier);
+  }
+
+  // Whether the state before the first step has a gradient to hand out.
+  bool hands_out(int d) const {
+    const BackwardDirection<T>& io = p_.dir[d];
+    return io.dinitial[0] || io.dinitial[1] || io.dreset[0] || io.dreset[1];
+  }
+
+  // Visits [begin, end).
+  void visit(int d, int64_t begin, int64_t end, Step& step, const Place& place, Barrier* barrier) {
+    const bool reverse = p_.dir[d].reverse;
+    for (int64_t s = begin; s < end; ++s) {
       step.t_prev = step.t;
       step.rows_prev = step.rows;
       step.t = reverse ? s : p_.seq.T - 1 - s;
@@ -157,14 +199,13 @@ class BackwardLoop {
 
   void enter_projected(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    const BackwardDirection<T>& io = p_.dir[d];
     run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
               [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
                 P dh = flow(d, 0, step, j, u, n, P::load(r));
                 if (j >= step.rows) return;
                 dh = dh + load_dy(d, step, j, u, n);
                 store(s.dh.row(j) + u, dh, n);
-                store(io.dh + p_.seq.data_row(p_.x_rows, step.t, j) * p_.P + u, dh, n);
+                store(s.gradients.dh(step.t, j) + u, dh, n);
               });
   }
 
@@ -201,7 +242,7 @@ class BackwardLoop {
       return P(T(0));
     }
     if (!row_begins) return value;
-    store(io.dinitial[k] + at, value, n);
+    if (io.dinitial[k]) store(io.dinitial[k] + at, value, n);
     return P(T(0));
   }
 
@@ -211,9 +252,7 @@ class BackwardLoop {
     unit.dnext[0] = dh;
     if (S == 2) unit.dnext[S - 1] = dc;
     Cell::template backward<F - 1>(unit);
-    if (Cell::extra != Extra::none && p_.dir[d].extra) {
-      store(p_.dir[d].extra + p_.seq.data_row(p_.x_rows, step.t, j) * p_.H + u, unit.extra, n);
-    }
+    if (Cell::extra != Extra::none) store(s.gradients.extra(step.t, j) + u, unit.extra, n);
     if (F == 2) store(s.dh.row(j) + u, dh, n);
     store_gradients<F - 1>(d, step, j, u, n, unit);
   }
@@ -250,7 +289,7 @@ class BackwardLoop {
     constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
     const Direction& s = dir_[d];
     const int64_t H = p_.H;
-    T* dx = p_.dir[d].dx + p_.seq.data_row(p_.x_rows, step.t, j) * G * H + u;
+    T* dx = s.gradients.dx(step.t, j) + u;
     T* dr = (phase == 0 ? s.dr[step.slot ^ 1] : s.dr_second).row(j) + u;
     for (int g = g0; g < g1; ++g) {
       store(dx + g * H, unit.dx[g], n);
@@ -262,7 +301,8 @@ class BackwardLoop {
 
   const BackwardProblem<T>& p_;
   const bool projects_;
-  int64_t scratch_elements_ = 0;
+  int64_t scratch_elements_ = 0, thread_elements_ = 0;
+  T* threads_scratch_ = nullptr;
   Direction dir_[kMaxDirections];
 };
 

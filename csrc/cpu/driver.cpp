@@ -59,14 +59,13 @@ std::atomic<const IsaKernels*>& selected() {
 }
 
 template <class T>
-const TypeKernels<T>& kernels();
-template <>
-const TypeKernels<float>& kernels<float>() {
-  return selected().load()->float32;
-}
-template <>
-const TypeKernels<double>& kernels<double>() {
-  return selected().load()->float64;
+const CellKernels<T>& kernels(int cell) {
+  const IsaKernels& isa = *selected().load();
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return isa.float32[cell];
+  } else {
+    return isa.float64[cell];
+  }
 }
 
 struct Free {
@@ -101,41 +100,16 @@ struct Call {
 template <class Problem, class T>
 Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int threads) {
   const Plan plan = make_plan(kernel.work(problem), usable_threads(threads));
-  const auto scratch = allocate<T>(kernel.scratch_elements(problem));
+  const auto scratch = allocate<T>(kernel.scratch_elements(problem, plan.threads()));
   const int first = 1 + plan.direction_groups;  // see Place for their order
   const int count = first + plan.direction_groups * plan.row_groups;
-  const std::unique_ptr<Barrier[]> barriers(new (std::nothrow)
-                                                Barrier[static_cast<size_t>(count)]);
+  const std::unique_ptr<Barrier[]> barriers(new (std::nothrow) Barrier[static_cast<size_t>(count)]);
   if (!scratch || !barriers) return Status::out_of_memory;
   barriers[0].set_members(plan.threads());
   for (int i = 1; i < count; ++i)
     barriers[i].set_members(plan.unit_groups * (i < first ? plan.row_groups : 1));
   Call<Problem, T> call{kernel, problem, plan, scratch.get(), barriers.get()};
   run_team(plan.threads(), Call<Problem, T>::body, &call);
-  return Status::ok;
-}
-
-template <class Problem, class T>
-Status run_product(const ProductKernel<Problem, T>& kernel, const Problem& problem, int threads) {
-  struct Call {
-    const ProductKernel<Problem, T>& kernel;
-    const Problem& problem;
-    T* scratch;
-  };
-  // A thread is worth waking for about a million multiplications.
-  const int64_t worth = problem.multiplications() / (1 << 20) + 1;
-  const int64_t items = std::min(worth, kernel.work_items(problem));
-  const int team = static_cast<int>(std::min<int64_t>(usable_threads(threads), items));
-  const auto scratch = allocate<T>(kernel.scratch_elements(problem, team));
-  if (!scratch) return Status::out_of_memory;
-  Call call{kernel, problem, scratch.get()};
-  run_team(
-      team,
-      [](int rank, int size, void* context) {
-        const Call& c = *static_cast<const Call*>(context);
-        c.kernel.run(c.problem, c.scratch, rank, size);
-      },
-      &call);
   return Status::ok;
 }
 
@@ -172,43 +146,29 @@ bool select_isa(const char* name) {
 template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads) {
   const Status status = check(cell, problem);
-  return status == Status::ok ? run(kernels<T>().cells[cell].forward, problem, threads) : status;
+  return status == Status::ok ? run(kernels<T>(cell).forward, problem, threads) : status;
 }
 
 template <class T>
 Status run_backward(int cell, const BackwardProblem<T>& problem, int threads) {
   const Status status = check(cell, problem);
-  return status == Status::ok ? run(kernels<T>().cells[cell].backward, problem, threads) : status;
-}
-
-template <class T>
-Status run_linear(const LinearProblem<T>& problem, int threads) {
-  return run_product(kernels<T>().linear, problem, threads);
-}
-
-template <class T>
-Status run_outer(const OuterProblem<T>& problem, int threads) {
-  return run_product(kernels<T>().outer, problem, threads);
+  return status == Status::ok ? run(kernels<T>(cell).backward, problem, threads) : status;
 }
 
 template <class T>
 Plan plan_forward(int cell, const ForwardProblem<T>& problem, int threads) {
-  return make_plan(kernels<T>().cells[cell].forward.work(problem), usable_threads(threads));
+  return make_plan(kernels<T>(cell).forward.work(problem), usable_threads(threads));
 }
 
 template <class T>
 Plan plan_backward(int cell, const BackwardProblem<T>& problem, int threads) {
-  return make_plan(kernels<T>().cells[cell].backward.work(problem), usable_threads(threads));
+  return make_plan(kernels<T>(cell).backward.work(problem), usable_threads(threads));
 }
 
 template Status run_forward<float>(int, const ForwardProblem<float>&, int);
 template Status run_forward<double>(int, const ForwardProblem<double>&, int);
 template Status run_backward<float>(int, const BackwardProblem<float>&, int);
 template Status run_backward<double>(int, const BackwardProblem<double>&, int);
-template Status run_linear<float>(const LinearProblem<float>&, int);
-template Status run_linear<double>(const LinearProblem<double>&, int);
-template Status run_outer<float>(const OuterProblem<float>&, int);
-template Status run_outer<double>(const OuterProblem<double>&, int);
 template Plan plan_forward<float>(int, const ForwardProblem<float>&, int);
 template Plan plan_forward<double>(int, const ForwardProblem<double>&, int);
 template Plan plan_backward<float>(int, const BackwardProblem<float>&, int);

@@ -29,10 +29,6 @@ template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads);
 template <class T>
 Status run_backward(int cell, const BackwardProblem<T>& problem, int threads);
-template <class T>
-Status run_linear(const LinearProblem<T>& problem, int threads);
-template <class T>
-Status run_outer(const OuterProblem<T>& problem, int threads);
 
 // The plan that run_forward and run_backward would choose.
 template <class T>

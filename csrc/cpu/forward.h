@@ -22,7 +22,7 @@ class ForwardLoop {
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_elements).
-  ForwardLoop(const ForwardProblem<T>& problem, T* base)
+  ForwardLoop(const ForwardProblem<T>& problem, int, T* base)
       : p_(problem), projects_(problem.dir[0].W_hr) {
     Carver<T> carver{base};
     for (int d = 0; d < p_.D; ++d) {

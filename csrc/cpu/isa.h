@@ -5,8 +5,6 @@
 #include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "cpu/kernels.h"
-#include "cpu/linear.h"
-#include "cpu/outer.h"
 #include "cpu/vmath.h"
 
 namespace rnnkern {
@@ -15,10 +13,10 @@ namespace {
 template <class Loop, class Problem, class T>
 constexpr LoopKernel<Problem, T> loop_kernel() {
   return {
-      [](const Problem& p) { return Loop(p, nullptr).scratch_elements(); },
-      [](const Problem& p) { return Loop(p, nullptr).work(); },
+      [](const Problem& p, int threads) { return Loop(p, threads, nullptr).scratch_elements(); },
+      [](const Problem& p) { return Loop(p, 1, nullptr).work(); },
       [](const Problem& p, const Plan& plan, T* scratch, Barrier* barriers, int rank) {
-        Loop(p, scratch).run(plan, barriers, rank);
+        Loop(p, plan.threads(), scratch).run(plan, barriers, rank);
       },
   };
 }
@@ -35,16 +33,6 @@ constexpr CellKernels<T> all_cells[] = {
     RNNKERN_CELLS(RNNKERN_ROW)
 #undef RNNKERN_ROW
 };
-
-template <class Product, class Problem, class T>
-constexpr ProductKernel<Problem, T> product_kernel() {
-  return {Product::scratch_elements, Product::work_items, Product::run};
-}
-
-template <class T>
-constexpr TypeKernels<T> type_kernels = {all_cells<T>,
-                                         product_kernel<Linear<T>, LinearProblem<T>, T>(),
-                                         product_kernel<Outer<T>, OuterProblem<T>, T>()};
 
 }  // namespace
 }  // namespace rnnkern

@@ -9,7 +9,7 @@ namespace rnnkern {
 
 template <class Problem, class T>
 struct LoopKernel {
-  int64_t (*scratch_elements)(const Problem&);
+  int64_t (*scratch_elements)(const Problem&, int threads);
   Work (*work)(const Problem&);
   void (*run)(const Problem&, const Plan&, T* scratch, Barrier* barriers, int rank);
 };
@@ -20,24 +20,11 @@ struct CellKernels {
   LoopKernel<BackwardProblem<T>, T> backward;
 };
 
-template <class Problem, class T>
-struct ProductKernel {
-  int64_t (*scratch_elements)(const Problem&, int threads);
-  int64_t (*work_items)(const Problem&);  // threads beyond this many would idle
-  void (*run)(const Problem&, T* scratch, int rank, int size);
-};
-
-template <class T>
-struct TypeKernels {
-  const CellKernels<T>* cells;  // in the registry's order
-  ProductKernel<LinearProblem<T>, T> linear;
-  ProductKernel<OuterProblem<T>, T> outer;
-};
-
+// The cells in the registry's order.
 struct IsaKernels {
   const char* name;
-  TypeKernels<float> float32;
-  TypeKernels<double> float64;
+  const CellKernels<float>* float32;
+  const CellKernels<double>* float64;
 };
 
 extern const IsaKernels baseline_kernels;

@@ -66,9 +66,7 @@ struct Place {
   // Barrier 0 is the whole team's; then come those of the direction groups, and then one for every
   // group of threads that exchange states.
   int direction_barrier() const { return 1 + direction_group; }
-  int barrier() const {
-    return 1 + direction_groups + direction_group * row_groups + row_group;
-  }
+  int barrier() const { return 1 + direction_groups + direction_group * row_groups + row_group; }
 };
 
 // One product over this thread's rows and panels; emit and fetch get the sorted row.

@@ -2,11 +2,11 @@
 // gradient of the gates and each b what one of the weights was multiplied by; and the sum of a's
 // rows, the gradient of the biases.
 //
-// The factors already have the outputs side by side in their rows, so nothing is transposed. Rows
-// are taken in blocks of kRows: the block of every b is packed into panels of NV registers, the
-// block of a into tiles of MR columns, and every MR × NV tile of an output adds its sum over the
-// block to memory. The packed tile of a stays in L1, the panels of b in L2. Sums run over the rows
-// alone, in order, so that the result does not depend on how threads split the outputs.
+// The factors already have the outputs side by side in their rows, so nothing is transposed: b is
+// packed into panels of NV registers, a into tiles of MR columns, and every MR × NV tile of an
+// output adds its sum over the rows to memory. The packed tile of a stays in L1, the panels of b in
+// L2. Sums run over the rows in order, so that the result does not depend on how threads split the
+// outputs.
 #pragma once
 
 #include "core/problem.h"
@@ -20,31 +20,30 @@ class Outer {
   static constexpr int L = Pack<T>::lanes;
   static constexpr int NV = 2;
   static constexpr int MR = kRegisters * 3 / 4 / NV;
-  static constexpr int64_t kRows = 256;
 
  public:
-  static int64_t scratch_elements(const OuterProblem<T>& p, int threads) {
-    return threads * scratch_of_one(p);
-  }
+  // Columns of a factor, in whole panels.
+  static int64_t columns(int64_t I) { return (I + NV * L - 1) / (NV * L) * NV * L; }
 
-  static int64_t work_items(const OuterProblem<T>& p) { return tiles(p) * maximum(panels(p), 1); }
+  // A thread's scratch for `rows` rows of factors with that many columns: all panels and one tile.
+  static int64_t scratch_elements(int64_t rows, int64_t columns) { return rows * (columns + MR); }
 
+  // The part of thread `rank` of `size`, with scratch of its own.
   static void run(const OuterProblem<T>& p, T* scratch, int rank, int size) {
     const int64_t grid_rows = divide(p, size), grid_columns = size / grid_rows;
     const Range mine = part(tiles(p), rank / grid_columns, grid_rows);
     const Range columns = part(panels(p), rank % grid_columns, grid_columns);
-    T* packed_b = scratch + rank * scratch_of_one(p);
-    T* packed_a = packed_b + minimum(p.N, kRows) * panels(p) * NV * L;
-    for (int64_t n = 0; n < p.N; n += kRows) {
-      const int64_t K = minimum(kRows, p.N - n);
+    const bool sums = (p.sum[0] || p.sum[1]) && rank % grid_columns == 0;
+    if (rank >= grid_rows * grid_columns) return;
+    if (columns.begin == columns.end && !sums) return;
+    T* packed_a = scratch + p.N * panels(p) * NV * L;
+    for (int64_t c = columns.begin; c < columns.end; ++c)
+      pack_panel(panel(p, c), p.N, scratch + c * p.N * NV * L);
+    for (int64_t t = mine.begin; t < mine.end; ++t) {
+      pack_tile(p, t, packed_a);
+      if (sums) add_sum(p, packed_a, t);
       for (int64_t c = columns.begin; c < columns.end; ++c)
-        pack_panel(panel(p, c), n, K, packed_b + c * K * NV * L);
-      for (int64_t t = mine.begin; t < mine.end; ++t) {
-        pack_tile(p, n, K, t, packed_a);
-        if (p.sum && rank % grid_columns == 0) add_sum(p, packed_a, K, n == 0, t);
-        for (int64_t c = columns.begin; c < columns.end; ++c)
-          add_tile(p, panel(p, c), packed_a, packed_b + c * K * NV * L, K, n == 0, t);
-      }
+        add_tile(p, panel(p, c), packed_a, scratch + c * p.N * NV * L, t);
     }
   }
 
@@ -65,12 +64,6 @@ class Outer {
     return {factor, begin, minimum(NV * L, factor.I - begin)};
   }
 
-  // A thread's packed blocks, all panels and one tile, in whole registers.
-  static int64_t scratch_of_one(const OuterProblem<T>& p) {
-    const int64_t elements = minimum(p.N, kRows) * (panels(p) * NV * L + MR);
-    return (elements + L - 1) / L * L;
-  }
-
   // The rows of the grid of threads over tiles and panels that leaves each the least to do.
   static int64_t divide(const OuterProblem<T>& p, int64_t size) {
     int64_t best = 1, least = INT64_MAX;
@@ -86,10 +79,10 @@ class Outer {
     return best;
   }
 
-  static void pack_panel(const Panel& panel, int64_t n, int64_t K, T* out) {
+  static void pack_panel(const Panel& panel, int64_t N, T* out) {
     const OuterFactor<T>& f = panel.factor;
-    const T* in = f.data + n * f.ld + panel.begin;
-    for (int64_t k = 0; k < K; ++k, in += f.ld, out += NV * L) {
+    for (int64_t n = 0; n < N; ++n, out += NV * L) {
+      const T* in = f.data + f.rows.at(n) * f.ld + panel.begin;
       for (int v = 0; v < NV; ++v) {
         const int lanes = static_cast<int>(clamp(panel.count - v * L, 0, L));
         const Pack<T> row = lanes > 0 ? load(in + v * L, lanes) : Pack<T>(T(0));
@@ -98,38 +91,41 @@ class Outer {
     }
   }
 
-  static void pack_tile(const OuterProblem<T>& p, int64_t n, int64_t K, int64_t tile, T* out) {
-    const T* in = p.a + n * p.lda + tile * MR;
+  static void pack_tile(const OuterProblem<T>& p, int64_t tile, T* out) {
+    const T* in = p.a + tile * MR;
     const int64_t columns = minimum(MR, p.O - tile * MR);
     if (columns == MR) {
-      for (int64_t k = 0; k < K; ++k, in += p.lda, out += MR) std::memcpy(out, in, MR * sizeof(T));
+      for (int64_t n = 0; n < p.N; ++n, in += p.lda, out += MR)
+        std::memcpy(out, in, MR * sizeof(T));
       return;
     }
-    for (int64_t k = 0; k < K; ++k, in += p.lda, out += MR) {
+    for (int64_t n = 0; n < p.N; ++n, in += p.lda, out += MR) {
       for (int m = 0; m < MR; ++m) out[m] = m < columns ? in[m] : T(0);
     }
   }
 
-  static void add_sum(const OuterProblem<T>& p, const T* a, int64_t K, bool is_first,
-                      int64_t tile) {
+  static void add_sum(const OuterProblem<T>& p, const T* a, int64_t tile) {
     T sum[MR] = {};
-    for (int64_t k = 0; k < K; ++k, a += MR) {
+    for (int64_t n = 0; n < p.N; ++n, a += MR) {
       for (int m = 0; m < MR; ++m) sum[m] += a[m];
     }
-    T* out = p.sum + tile * MR;
-    for (int m = 0; m < minimum(MR, p.O - tile * MR); ++m)
-      out[m] = is_first ? sum[m] : out[m] + sum[m];
+    for (T* total : p.sum) {
+      if (!total) continue;
+      T* out = total + tile * MR;
+      for (int m = 0; m < minimum(MR, p.O - tile * MR); ++m)
+        out[m] = p.adds ? out[m] + sum[m] : sum[m];
+    }
   }
 
   static void add_tile(const OuterProblem<T>& p, const Panel& panel, const T* a, const T* b,
-                       int64_t K, bool is_first, int64_t tile) {
+                       int64_t tile) {
     Pack<T> acc[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[m][v] = Pack<T>(T(0));
     }
-    for (int64_t k = 0; k < K; ++k, a += MR, b += NV * L) {
+    for (int64_t n = 0; n < p.N; ++n, a += MR, b += NV * L) {
       Pack<T> row[NV];
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) row[v] = Pack<T>::load(b + v * L);
@@ -150,7 +146,7 @@ class Outer {
         const int lanes = static_cast<int>(clamp(panel.count - v * L, 0, L));
         if (lanes == 0) break;
         T* at = out + v * L;
-        store(at, is_first ? acc[m][v] : load(at, lanes) + acc[m][v], lanes);
+        store(at, p.adds ? load(at, lanes) + acc[m][v] : acc[m][v], lanes);
       }
     }
   }

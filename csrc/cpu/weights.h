@@ -73,8 +73,8 @@ struct Weights {
   static constexpr int MR = kRegisters == 32 ? (NV == 3 ? 8 : 6) : (NV == 3 ? 4 : 3);
   static constexpr int units = NU * L;  // units a panel covers
 
-  int64_t K = 0, N = 0;  // operand elements, units
-  T* data = nullptr;     // [panels][1 + K][NU][NG][L]; null: not packed
+  int64_t K = 0, N = 0;     // operand elements, units
+  T* data = nullptr;        // [panels][1 + K][NU][NG][L]; null: not packed
   const T* rows = nullptr;  // [NG,N,K], rows ld apart, where the weights are not packed
   int64_t ld = 0;
   const T* bias = nullptr;  // [NG,N], or null

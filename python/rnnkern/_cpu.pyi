@@ -4,7 +4,6 @@ def cells() -> list[dict[str, Any]]: ...
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...
-def in_forked_child() -> bool: ...
 def allow_oversubscription(allow: bool) -> None: ...
 def forward_float32(
     cell: int,
@@ -22,22 +21,35 @@ def backward_float32(
     directions: tuple[Any, ...],
 ) -> None: ...
 def plan_float32(
-    cell: int, threads: int, T: int, B: int, H: int, P: int, D: int, backward: bool
+    cell: int, threads: int, T: int, B: int, H: int, P: int, D: int, I: int, backward: bool
 ) -> dict[str, Any]: ...
 
 forward_float64 = forward_float32
 backward_float64 = backward_float32
 plan_float64 = plan_float32
 
-def linear_float32(
-    threads: int, N: int, K: int, O: int, a: int, w: int, b: int, out: int
-) -> None: ...
-def outer_float32(
-    threads: int, N: int, O: int, a: int, lda: int, sum: int, factors: tuple[Any, ...]
+def infer_float32(
+    cell: int,
+    threads: int,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    D: int,
+    layers: int,
+    bias: bool,
+    batch_first: bool,
+    input: int,
+    y: int,
+    h0: int,
+    c0: int,
+    hn: int,
+    cn: int,
+    weights: tuple[int, ...],
 ) -> None: ...
 
-linear_float64 = linear_float32
-outer_float64 = outer_float32
+infer_float64 = infer_float32
 
 def roofline(
     quantity: str, threads: int, bytes: int, repeats: int

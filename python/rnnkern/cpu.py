@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rnnkern import gemm, kernels
+from rnnkern import kernels
 from rnnkern._native import _cpu
 from rnnkern.arguments import LayerInputs, Sizes
 from rnnkern.cells import Cell
@@ -27,16 +26,8 @@ class _Cpu(Backend):
         return dtype
 
     @property
-    def multiplies_input(self) -> bool:
+    def multiplies(self) -> bool:
         return True
-
-    def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return gemm.linear(a, w, b)
-
-    def outer(
-        self, a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None
-    ) -> None:
-        gemm.outer(a, factors, sum)
 
     def forward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
         run = _cpu.forward_float64 if like.dtype == torch.float64 else _cpu.forward_float32

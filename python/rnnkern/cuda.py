@@ -68,7 +68,8 @@ class Cuda(Backend):
         return torch.float64 if dtype == torch.float64 else torch.float32
 
     @property
-    def multiplies_input(self) -> bool:
+    def multiplies(self) -> bool:
+        """Return False: cuBLAS multiplies."""
         return False
 
     def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:

@@ -1,10 +1,11 @@
-"""The short way from a module to the CPU's kernels, for inference.
+"""The short way from a module to the CPU's kernels.
 
 One step of a small layer takes the kernel two or three microseconds, and the way through checks,
-operator and dispatcher thirty times as long. What most calls need, padded dense data of one type and
-whole rows, goes straight to the kernel here; whatever is unusual in a call, in its tensors or in
-torch's state at the time makes :func:`run` return None, and the call takes the general way, which
-knows all forms and all errors. The kernels and so the results are the same.
+operator and dispatcher thirty times as long, in training fifty times. What most calls need, padded
+dense data of one type and whole rows, goes straight to the kernel here; whatever is unusual in a
+call, in its tensors or in torch's state at the time makes :func:`run` return None, and the call
+takes the general way, which knows all forms and all errors. The kernels and so the results are the
+same.
 """
 
 from __future__ import annotations
@@ -13,39 +14,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from rnnkern import eager_training
 from rnnkern._native import _cpu
 from rnnkern.cells import Cell
+from rnnkern.plain import dense, is_plain
 
-_RUN = {torch.float32: _cpu.infer_float32, torch.float64: _cpu.infer_float64}
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain() -> bool:
-    """Return whether nothing traces, transforms or watches what torch's operators do now."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-        or torch.autograd._profiler_enabled()
-    )
-
-
-def dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is what the kernel reads: elements of one type side by side."""
-    return (
-        type(t) in _PLAIN
-        and t.shape == shape
-        and t.dtype is dtype
-        and t.is_cpu
-        and t.is_contiguous()
-        and not t.is_neg()
-    )
+_DTYPES = (torch.float32, torch.float64)
 
 
 def run(
@@ -80,7 +55,7 @@ def run(
     """
     I, H, P = sizes
     dtype = input.dtype
-    if dtype not in _RUN or input.dim() != 3 or not is_plain():
+    if dtype not in _DTYPES or input.dim() != 3 or not is_plain():
         return None
     T, B = input.shape[:2]
     if batch_first:
@@ -96,19 +71,33 @@ def run(
             if not dense(state, dtype, (layers * directions, B, widths[k])):
                 return None
             initial[k] = state.data_ptr()
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *weights):
-        return None
     addresses = _addresses(weights, dtype, cell.gates * H, sizes, directions, bias)
     if addresses is None:
         return None
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *weights):
+        form = eager_training.Form(cell, H, P, directions, bias, P != H, batch_first)
+        return eager_training.run(form, input, states, weights, layers)
     y = torch.empty(T, B, directions * P, dtype=dtype)
     hn = torch.empty(layers * directions, B, P, dtype=dtype)
     cn = torch.empty(layers * directions, B, H, dtype=dtype) if cell.states == 2 else None
-    _RUN[dtype](
+    infer = _cpu.infer_float32 if dtype is torch.float32 else _cpu.infer_float64
+    infer(
         cell.index,
         torch.get_num_threads(),
-        *(T, B, I, H, P, directions, layers, bias, batch_first),
-        *(input.data_ptr(), y.data_ptr(), *initial, hn.data_ptr()),
+        T,
+        B,
+        I,
+        H,
+        P,
+        directions,
+        layers,
+        bias,
+        batch_first,
+        input.data_ptr(),
+        y.data_ptr(),
+        initial[0],
+        initial[1],
+        hn.data_ptr(),
         0 if cn is None else cn.data_ptr(),
         addresses,
     )

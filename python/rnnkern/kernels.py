@@ -54,18 +54,18 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def multiplies_input(self) -> bool:
-        """Whether `forward` computes W·input + b itself, or finds it in the place of the gates."""
+    def multiplies(self) -> bool:
+        """Whether the kernels multiply by the input weights and sum over steps themselves."""
 
-    @abstractmethod
     def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        """Return a·wᵀ + b."""
+        """Return a·wᵀ + b, where the kernels do not multiply."""
+        raise NotImplementedError
 
-    @abstractmethod
     def outer(
         self, a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None
     ) -> None:
-        """Write aᵀ·b to `out` for every (b, out), and the sum of a's rows to `sum`."""
+        """Write aᵀ·b to `out` for every (b, out), and the sum of a's rows to `sum`; likewise."""
+        raise NotImplementedError
 
     @abstractmethod
     def forward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
@@ -135,7 +135,7 @@ def layer(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     steps = backend.steps(a, s)
     a = _computed(a, backend.computed(dtype))
     new = a.input.new_zeros if steps.ragged else a.input.new_empty
-    if backend.multiplies_input:
+    if backend.multiplies:
         x = a.input.new_empty((s.N, s.D * s.G * s.H) if save else 0)
     else:
         x = backend.linear(a.input.view(s.N, s.I), *_joined(a))
@@ -174,30 +174,54 @@ def layer_backward(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     steps = backend.steps(a, s)
     a = _computed(a, backend.computed(dtype))
     wanted = dict(zip(DIFFERENTIABLE, g.output_mask, strict=True))
-    new = a.input.new_zeros if steps.ragged else a.input.new_empty
-    dx = new(s.D, s.N, s.G * s.H)
-    recurrent = any(on for name, on in wanted.items() if name.startswith(("w_h", "b_hh")))
-    projects = a.w_hr is not None
-    needs_extra = recurrent and cell.extra != "none" and (cell.extra != "output" or projects)
-    extra = new(s.D, s.N, s.H) if needs_extra else None
-    dh = new(s.D, s.N, s.P) if a.w_hr is not None else None
-    sums = backend.summed(dx.dtype)
-    out: dict[str, Tensor | None] = {
-        "h0": torch.zeros_like(a.h0),
-        "c0": None if a.c0 is None else torch.zeros_like(a.c0),
-        "reset_h": None if a.reset_h is None else torch.zeros_like(a.reset_h, dtype=sums),
-        "reset_c": None if a.reset_c is None else torch.zeros_like(a.reset_c, dtype=sums),
-    }
-    dy, dhn, dcn = (None if t is None else _converted(t, dx.dtype) for t in (g.dy, g.dhn, g.dcn))
+    sums = backend.summed(a.input.dtype)
+    out: dict[str, Tensor | None] = {}
+    for name in ("h0", "c0", "reset_h", "reset_c"):
+        t, kind = getattr(a, name), sums if name.startswith("reset") else a.input.dtype
+        needed = t is not None and (wanted[name] or not backend.multiplies)
+        out[name] = torch.zeros_like(t, dtype=kind) if needed else None
+    dy, dhn, dcn = (
+        None if t is None else _converted(t, a.input.dtype) for t in (g.dy, g.dhn, g.dcn)
+    )
     y_rows = (s.B, 1)
     if dy is not None:
         dy, y_rows = (dy.contiguous(), y_rows) if a.batch_sizes is not None else _rows(dy)
     dhn, dcn = (None if t is None else t.contiguous() for t in (dhn, dcn))
-    if s.B > 0 and s.H > 0:
+    run = _Backward(backend, a, g, cell, s, steps, wanted, out, (dy, dhn, dcn), y_rows)
+    if backend.multiplies:
+        _all_in_one(run)
+    else:
+        _recurrence_and_products(run)
+    results = (out.get(name) if on else None for name, on in wanted.items())
+    return tuple(
+        a.input.new_empty(0, dtype=dtype) if t is None else _converted(t, dtype) for t in results
+    )
+
+
+class _Backward(NamedTuple):
+    """One call of ``layer_backward``: what both ways of running it need."""
+
+    backend: Backend
+    a: LayerInputs
+    g: BackwardInputs
+    cell: Cell
+    s: Sizes
+    steps: Steps
+    wanted: dict[str, bool]
+    out: dict[str, Tensor | None]
+    incoming: tuple[Tensor | None, Tensor | None, Tensor | None]  # dy, dhn, dcn
+    y_rows: tuple[int, int]
+
+    def recurrence(self, input: Tensor | None, others: Sequence[Sequence[Tensor | None]]) -> None:
+        """Run the kernels; `others`: what each direction has besides."""
+        a, g, s = self.a, self.g, self.s
+        if s.B == 0 or s.H == 0:
+            return
 
         def at(t: Tensor | None, d: int) -> int:
             return 0 if t is None else t[d].data_ptr()
 
+        dy, dhn, dcn = self.incoming
         directions = tuple(
             (
                 d == 1,
@@ -205,13 +229,51 @@ def layer_backward(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
                 g.gates.data_ptr() + d * s.G * s.H * g.gates.element_size(),
                 *(at(t, d) for t in (g.h_prev, g.saved)),
                 0 if dy is None else dy.data_ptr() + d * s.P * dy.element_size(),
-                *(at(t, d) for t in (dhn, dcn, dx, extra, dh)),
-                *(at(out[name], d) for name in ("h0", "c0", "reset_h", "reset_c")),
+                *(at(t, d) for t in (dhn, dcn)),
+                *(at(self.out[name], d) for name in ("h0", "c0", "reset_h", "reset_c")),
+                *map(address, others[d]),
             )
             for d, (_, w_hh, _, _, w_hr) in enumerate(a.directions)
         )
-        sizes = (s.H, s.P, _input_rows(a, s), y_rows)
-        backend.backward(cell, dx, steps.native, sizes, directions)
+        rows, dinput = _input_rows(a, s), self.out.get("input")
+        sizes = (s.H, s.P, rows, self.y_rows, s.I, address(input), address(dinput))
+        self.backend.backward(self.cell, a.input, self.steps.native, sizes, directions)
+
+
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+
+
+def _all_in_one(run: _Backward) -> None:
+    """Let the kernels compute every gradient."""
+    a, s, wanted, out = run.a, run.s, run.wanted, run.out
+    new = torch.zeros_like if s.B == 0 or s.H == 0 else torch.empty_like
+    for name in ("input", *_WEIGHTS, *(f"{name}_reverse" for name in _WEIGHTS)):
+        t = getattr(a, name)
+        out[name] = new(t) if wanted[name] and t is not None else None
+    others = [
+        (w_ih, *(out[name + suffix] for name in _WEIGHTS), None, None, None)
+        for (w_ih, *_), suffix in zip(a.directions, ("", "_reverse"), strict=False)
+    ]
+    run.recurrence(_without_padding(a, run.steps), others)
+
+
+def _recurrence_and_products(run: _Backward) -> None:
+    """Run the recurrence, then one product for each gradient of the input and the weights."""
+    backend, a, g, cell, s, steps, wanted, out, *_ = run
+    new = a.input.new_zeros if steps.ragged else a.input.new_empty
+    dx = new(s.D, s.N, s.G * s.H)
+    recurrent = any(on for name, on in wanted.items() if name.startswith(("w_h", "b_hh")))
+    projects = a.w_hr is not None
+    needs_extra = recurrent and cell.extra != "none" and (cell.extra != "output" or projects)
+    extra = new(s.D, s.N, s.H) if needs_extra else None
+    dh = new(s.D, s.N, s.P) if projects else None
+    run.recurrence(
+        None,
+        [
+            (None,) * 6 + tuple(None if t is None else t[d] for t in (dx, extra, dh))
+            for d in range(s.D)
+        ],
+    )
     if wanted["input"]:
         dinput = backend.linear(dx[0], a.w_ih.t())
         if s.D == 2:
@@ -221,10 +283,6 @@ def layer_backward(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     for d in range(s.D):
         suffix = "_reverse" if d else ""
         out |= _weight_gradients(backend, a, g, cell, s, d, suffix, input, dx, extra, dh, wanted)
-    results = (out.get(name) if on else None for name, on in wanted.items())
-    return tuple(
-        a.input.new_empty(0, dtype=dtype) if t is None else _converted(t, dtype) for t in results
-    )
 
 
 def _weight_gradients(

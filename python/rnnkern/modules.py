@@ -110,7 +110,7 @@ class _Recurrent(nn.RNNBase):
             return None
         cell = get_cell(self._cell_name())
         states = hx if hx is None or cell.states == 2 else (hx,)
-        found = self._parameters
+        found: Any = self._parameters
         try:
             weights = [found[name] for name in self._flat_weights_names]
         except KeyError:  # computed from others, by a parametrization

@@ -28,7 +28,7 @@ from cases import (
     run_python,
     use_isa,
 )
-from rnnkern import _native, cpu
+from rnnkern import _native, eager_training
 from rnnkern._native import _cpu
 from rnnkern.cells import CELLS
 
@@ -56,7 +56,7 @@ def _more_threads_than_cpus() -> Iterator[None]:
 def sized_cases(cell: str) -> list[Case]:
     sizes = SIZES + (LSTM_PROJECTED if cell == "lstm" else ())
     cases = [Case(cell, I=9, **s) for s in sizes]
-    cases += [Case(cell, T=9, B=7, I=70, H=192, D=2)]  # the input's product is worth oneDNN's call
+    cases += [Case(cell, T=9, B=7, I=70, H=192, D=2)]
     for more in (
         {"layout": "packed_unsorted", "resets": True, "reset_state": True},
         {"layout": "batch_first", "lengths": True, "resets": True, "reset_state": True},
@@ -70,7 +70,7 @@ def plan_of(case: Case, threads: int, backward: bool, dtype: torch.dtype) -> tup
     plan_function = _cpu.plan_float64 if dtype == torch.float64 else _cpu.plan_float32
     P = case.P or case.H
     index = CELLS[case.cell].index
-    plan = plan_function(index, threads, case.T, case.B, case.H, P, case.D, backward)
+    plan = plan_function(index, threads, case.T, case.B, case.H, P, case.D, case.I, backward)
     return tuple(plan[f"{what}_groups"] for what in ("direction", "row", "unit"))
 
 
@@ -176,7 +176,7 @@ def test_kernels_release_the_interpreter(pass_: str, monkeypatch: pytest.MonkeyP
 
     native = {name: getattr(_cpu, name) for name in ("forward_float32", "backward_float32")}
     native[f"{pass_}_float32"] = watched
-    monkeypatch.setattr(cpu, "_cpu", SimpleNamespace(**native))
+    monkeypatch.setattr(eager_training, "_cpu", SimpleNamespace(**native))
     torch.set_num_threads(1)
     counter = threading.Thread(target=count)
     counter.start()
@@ -211,7 +211,7 @@ FORK = """
 
     assert rnnkern.explain(module, x).threads > 1, rnnkern.explain(module, x)
     wanted = step()
-    large = rnnkern.GRU(128, 256)  # the products around it go to oneDNN, in the parent
+    large = rnnkern.GRU(128, 256)
     several = torch.randn(10, 5, 128)
     with torch.no_grad():
         wanted_large = large(several)[0]

@@ -1,0 +1,195 @@
+// The gradients of one direction's input and weights, a chunk of steps at a time:
+//
+//   dinput = dx·W,  dW = Σ dxᵀ·input,  dR = Σ drᵀ·h',  db = Σ dx and Σ dr,  dW_hr = Σ dhᵀ·m
+//
+// The time loop writes dx of a chunk (and what else its cell hands out, see Extra) into small
+// buffers, and these products read them while they are in cache; nothing of them grows with T. The
+// sums run over the chunks in the order of the loop, and chunks depend on the sizes alone, so the
+// results do not depend on the number of threads.
+#pragma once
+
+#include "cpu/loop.h"
+#include "cpu/outer.h"
+
+namespace rnnkern {
+namespace {
+
+template <class Cell, class T>
+class Gradients {
+  static constexpr int G = Cell::gates, L = Pack<T>::lanes;
+  // A chunk: rows enough to pay for going through the sums, few enough for the cache.
+  static constexpr int64_t kChunkBytes = 512 << 10, kLeastRows = 128, kMostRows = 256;
+  // More chunks than this are summed in pieces, so that the rounding error does not grow with their
+  // number.
+  static constexpr int64_t kPiece = 64;
+
+ public:
+  Gradients() = default;
+  Gradients(const BackwardProblem<T>& p, int d, Carver<T>& carver) : p_(&p), io_(&p.dir[d]) {
+    const int64_t B = p.seq.B, bytes = G * p.H * static_cast<int64_t>(sizeof(T));
+    steps_ = clamp(clamp(kChunkBytes / bytes, kLeastRows, kMostRows) / B, 1, p.seq.T);
+    dx_ = Matrix<T>::carve(carver, steps_ * B, G * p.H);
+    if (Cell::extra != Extra::none) extra_ = Matrix<T>::carve(carver, steps_ * B, p.H);
+    if (io_->W_hr) dh_ = Matrix<T>::carve(carver, steps_ * B, p.P);
+    if (p.dinput) {
+      W_ = {G * p.H, p.I, carver.take(Weights<T, 1>::size(G * p.H, p.I))};
+      dinput_ = d == 0 ? p.dinput : carver.take(p.seq.data_rows() * p.I);
+    }
+    sums_ = io_->sums;
+    if (p.seq.T > kPiece * steps_) {
+      for_each_sum([&](T*& piece, T*, int64_t count) { piece = carver.take(count); });
+    }
+  }
+
+  // Each thread's scratch for the sums.
+  static int64_t scratch_elements(const BackwardProblem<T>& p) {
+    const int64_t columns = Outer<T>::columns(p.I) + Outer<T>::columns(p.P);
+    return Carver<T>::round_up(Outer<T>::scratch_elements(kMostRows + p.seq.B, columns));
+  }
+
+  int64_t steps() const { return steps_; }  // of a chunk
+
+  // This thread's part of what comes before the first chunk.
+  void prepare(const Place& place) {
+    if (p_->dinput) {
+      const Range mine = part(W_.panels(p_->I), place.index, place.count);
+      W_.pack_columns(io_->W, p_->I, mine.begin, mine.end);
+    }
+  }
+
+  // Lets the chunk of steps [begin, end) be written. Steps beyond a row's length write nothing.
+  void open(int64_t begin, int64_t end, const Place& place) {
+    const Sequence& seq = p_->seq;
+    if (seq.offset) {
+      rows_ = {seq.offset[begin], 1, 1, 0};
+      count_ = seq.offset[end - 1] + seq.rows_at(end - 1) - rows_.first;
+    } else {
+      count_ = (end - begin) * seq.B;
+      local_ = p_->x_rows;
+      if (p_->x_rows.stride_b == 1) {
+        rows_ = {begin * seq.B, 1, 1, 0};
+      } else {  // batch-major
+        local_.stride_b = end - begin;
+        rows_ = {begin, end - begin, p_->x_rows.stride_b, 1};
+      }
+    }
+    first_ = seq.offset ? rows_.first : begin * local_.stride_t;
+    if (!seq.active || seq.offset) return;
+    const Range mine = part(count_, place.index, place.count);
+    const auto clear = [&](const Matrix<T>& m) {
+      const int64_t elements = (mine.end - mine.begin) * m.ld;
+      if (m.data) std::memset(m.row(mine.begin), 0, static_cast<size_t>(elements) * sizeof(T));
+    };
+    clear(dx_);
+    clear(extra_);
+    clear(dh_);
+  }
+
+  RNNKERN_INLINE T* dx(int64_t t, int64_t j) const { return dx_.row(local_row(t, j)); }
+  RNNKERN_INLINE T* extra(int64_t t, int64_t j) const { return extra_.row(local_row(t, j)); }
+  RNNKERN_INLINE T* dh(int64_t t, int64_t j) const { return dh_.row(local_row(t, j)); }
+
+  // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
+  void close(int64_t index, const Place& place, T* scratch) {
+    if (p_->dinput) multiply(place);
+    const bool adds = index % kPiece != 0;
+    const int64_t H = p_->H, gates = G * H;
+    const WeightGradients<T>& s = sums_;
+    const OuterFactor<T> input{p_->I, p_->input, p_->I, rows_, s.dW};
+    const OuterFactor<T> state{p_->P, io_->h_prev, p_->P, rows_, s.dR};
+    const auto sum = [&](const Matrix<T>& a, Range columns, OuterFactor<T> b0, OuterFactor<T> b1,
+                         T* total, T* other) {
+      OuterProblem<T> p{
+          count_,  columns.end - columns.begin, a.data + columns.begin, a.ld, adds, {total, other},
+          {b0, b1}};
+      for (OuterFactor<T>& b : p.b) {
+        if (!b.out) b.I = 0;
+      }
+      Outer<T>::run(p, scratch, place.index, place.count);
+    };
+    // What belongs to the last gates, from `last` on, may have factors of its own.
+    const int64_t last = Cell::extra == Extra::recurrent_gradient ? gates - H
+                         : Cell::extra == Extra::operand ? Cell::first[Cell::phases - 1] * H
+                                                         : gates;
+    sum(dx_, {0, last}, input, state, s.db_ih, s.db_hh);
+    const auto from = [&](T* p, int64_t columns) { return p ? p + last * columns : nullptr; };
+    OuterFactor<T> last_input = input, last_state = state;
+    last_input.out = from(s.dW, p_->I);
+    last_state.out = from(s.dR, p_->P);
+    if (Cell::extra == Extra::recurrent_gradient) {
+      sum(dx_, {last, gates}, last_input, {}, from(s.db_ih, 1), nullptr);
+      sum(extra_, {0, H}, last_state, {}, from(s.db_hh, 1), nullptr);
+    } else if (Cell::extra == Extra::operand) {
+      const OuterFactor<T> operand{H, extra_.data, extra_.ld, {0, 1, 1, 0}, last_state.out};
+      sum(dx_, {last, gates}, last_input, operand, from(s.db_ih, 1), from(s.db_hh, 1));
+    } else if (Cell::extra == Extra::output && io_->W_hr) {
+      sum(dh_, {0, p_->P}, {H, extra_.data, extra_.ld, {0, 1, 1, 0}, s.dW_hr}, {}, nullptr,
+          nullptr);
+    }
+  }
+
+  // Whether the sums of a piece are complete after chunk `index`; then add_piece adds them up.
+  bool ends_piece(int64_t index) const {
+    const int64_t chunks = (p_->seq.T + steps_ - 1) / steps_;
+    return chunks > kPiece && ((index + 1) % kPiece == 0 || index + 1 == chunks);
+  }
+  void add_piece(int64_t index, const Place& place) {
+    for_each_sum([&](T* piece, T* out, int64_t count) {
+      const Range mine = part(count, place.index, place.count);
+      for (int64_t i = mine.begin; i < mine.end; ++i)
+        out[i] = index < kPiece ? piece[i] : out[i] + piece[i];
+    });
+  }
+
+  // Adds what the second direction gave for the input; by every thread of the team.
+  void add_input(int rank, int size) const {
+    const Range mine = part(p_->seq.data_rows() * p_->I, rank, size);
+    for (int64_t i = mine.begin; i < mine.end; ++i) p_->dinput[i] += dinput_[i];
+  }
+
+ private:
+  RNNKERN_INLINE int64_t local_row(int64_t t, int64_t j) const {
+    return p_->seq.data_row(local_, t, j) - first_;
+  }
+
+  void multiply(const Place& place) {
+    const int64_t panels = W_.panels(p_->I);
+    const bool split_rows = count_ >= 8 * place.count || panels < place.count;
+    const Range all{0, panels};
+    const Range rows = split_rows ? part(count_, place.index, place.count) : Range{0, count_};
+    const int64_t n = rows.end - rows.begin;
+    run_product(
+        W_, dx_.row(rows.begin), dx_.ld, n, n,
+        split_rows ? all : part(panels, place.index, place.count),
+        [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
+          T* to = dinput_ + rows_.at(rows.begin + m) * p_->I + u;
+          store(to, Pack<T>::load(r), lanes);
+        },
+        FetchNothing{});
+  }
+
+  // Calls visit(sum of the present piece, its place in the results, elements) for each sum asked for.
+  template <class Visit>
+  void for_each_sum(Visit&& visit) {
+    const int64_t gates = G * p_->H;
+    const WeightGradients<T>& out = io_->sums;
+    if (out.dW) visit(sums_.dW, out.dW, gates * p_->I);
+    if (out.dR) visit(sums_.dR, out.dR, gates * p_->P);
+    if (out.db_ih) visit(sums_.db_ih, out.db_ih, gates);
+    if (out.db_hh) visit(sums_.db_hh, out.db_hh, gates);
+    if (out.dW_hr) visit(sums_.dW_hr, out.dW_hr, p_->P * p_->H);
+  }
+
+  const BackwardProblem<T>* p_ = nullptr;
+  const BackwardDirection<T>* io_ = nullptr;
+  Weights<T, 1> W_;            // transposed
+  Matrix<T> dx_, extra_, dh_;  // [rows of a chunk, G·H], [.., H], [.., P]
+  T* dinput_ = nullptr;
+  WeightGradients<T> sums_{};  // of the present piece
+  Rows local_{};               // rows of the chunk's buffers, from first_ on
+  RowMap rows_{};              // where the chunk's rows are among all data
+  int64_t first_ = 0, count_ = 0, steps_ = 0;
+};
+
+}  // namespace
+}  // namespace rnnkern

@@ -1,0 +1,35 @@
+"""Whether a call may go the short way of `rnnkern.eager`: plain tensors, nobody watching."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain() -> bool:
+    """Return whether nothing traces, transforms or watches what torch's operators do now."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor is what the kernel reads: elements of one type side by side."""
+    return (
+        type(t) in _PLAIN
+        and t.shape == shape
+        and t.dtype is dtype
+        and t.is_cpu
+        and t.is_contiguous()
+        and not t.is_neg()
+    )
