@@ -60,7 +60,7 @@ def run(
     T, B = input.shape[:2]
     if batch_first:
         T, B = B, T
-    if T == 0 or B == 0 or not dense(input, dtype, (B, T, I) if batch_first else (T, B, I)):
+    if 0 in (T, B, H) or not dense(input, dtype, (B, T, I) if batch_first else (T, B, I)):
         return None
     widths = (P, H)[: cell.states]
     initial = [0, 0]

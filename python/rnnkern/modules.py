@@ -295,14 +295,21 @@ class _Cell(nn.RNNCellBase):
         if structure.bias:
             weights += [self.bias_ih, self.bias_hh]
         self._check_sizes(x, states)
-        _, finals = layers.run(
-            structure,
-            x.unsqueeze(0),
-            tuple(s.unsqueeze(0) for s in states),
+        data, initial = x.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
+        results = eager.run(
+            cell,
+            data,
+            initial,
             weights,
-            one_step=True,
+            sizes=(self.input_size, self.hidden_size, self.hidden_size),
+            layers=1,
+            directions=1,
+            bias=structure.bias,
+            batch_first=False,
         )
-        finals = tuple(s.squeeze(0) for s in finals)
+        if results is None:
+            results = layers.run(structure, data, initial, weights, one_step=True)[1]
+        finals = tuple(s.squeeze(0) for s in results[-cell.states :])
         return tuple(s.squeeze(0) for s in finals) if unbatched else finals
 
     def _check_input(self, input: Tensor) -> None:
