@@ -58,9 +58,9 @@ class BackwardLoop {
     w.outputs = 2 * G * p_.H + (projects_ ? p_.P : 0);
     w.inputs = G * p_.H * ((p_.dinput ? 2 : 1) * p_.I + p_.P);
     w.packs = true;
-    w.panels = s.first.panels(p_.P);
-    if (F == 2) w.panels = minimum(w.panels, s.second.panels(p_.H));
-    if (projects_) w.panels = minimum(w.panels, s.projection.panels(p_.H));
+    w.blocks = s.first.blocks(p_.P);
+    if (F == 2) w.blocks = minimum(w.blocks, s.second.blocks(p_.H));
+    if (projects_) w.blocks = minimum(w.blocks, s.projection.blocks(p_.H));
     w.stages = F + (projects_ ? 1 : 0);
     w.element_bytes = sizeof(T);
     w.vector_bytes = kVectorBytes;
@@ -110,7 +110,7 @@ class BackwardLoop {
     Direction& s = dir_[d];
     const BackwardDirection<T>& io = p_.dir[d];
     const auto pack = [&](const Weights<T, 1>& w, const T* R, int64_t ldr) {
-      const Range mine = part(w.panels(w.N), place.index, place.count);
+      const Range mine = part(w.blocks(w.N), place.index, place.count);
       w.pack_columns(R, ldr, mine.begin, mine.end);
     };
     if (p_.seq.T > 1 || hands_out(d)) pack(s.first, io.R, p_.P);

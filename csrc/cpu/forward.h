@@ -54,9 +54,9 @@ class ForwardLoop {
     w.outputs = G * p_.H + (projects_ ? p_.P : 0);
     w.inputs = G * p_.H * p_.I;
     w.packs = !few_rows(p_.seq);
-    w.panels = s.first.panels(p_.H);
-    if constexpr (F == 2) w.panels = minimum(w.panels, s.second.panels(p_.H));
-    if (projects_) w.panels = minimum(w.panels, s.projection.panels(p_.P));
+    w.blocks = s.first.blocks(p_.H);
+    if constexpr (F == 2) w.blocks = minimum(w.blocks, s.second.blocks(p_.H));
+    if (projects_) w.blocks = minimum(w.blocks, s.projection.blocks(p_.P));
     w.stages = F + (projects_ ? 1 : 0);
     w.element_bytes = sizeof(T);
     w.vector_bytes = kVectorBytes;
@@ -99,7 +99,7 @@ class ForwardLoop {
     const ForwardDirection<T>& io = p_.dir[d];
     s.input.prepare(place);
     const auto pack = [&](auto& w, const T* R, int64_t ldr, const T* b) {
-      w.set_rows(R, ldr, b, part(w.panels(w.N), place.index, place.count));
+      w.set_rows(R, ldr, b, part(w.blocks(w.N), place.index, place.count));
     };
     pack(s.first, io.R, p_.P, io.b);
     if constexpr (F == 2) {

@@ -52,7 +52,7 @@ class Gradients {
   // This thread's part of what comes before the first chunk.
   void prepare(const Place& place) {
     if (p_->dinput) {
-      const Range mine = part(W_.panels(p_->I), place.index, place.count);
+      const Range mine = part(W_.blocks(p_->I), place.index, place.count);
       W_.pack_columns(io_->W, p_->I, mine.begin, mine.end);
     }
   }
@@ -153,14 +153,14 @@ class Gradients {
   }
 
   void multiply(const Place& place) {
-    const int64_t panels = W_.panels(p_->I);
-    const bool split_rows = count_ >= 8 * place.count || panels < place.count;
-    const Range all{0, panels};
+    const int64_t blocks = W_.blocks(p_->I);
+    const bool split_rows = count_ >= 8 * place.count || blocks < place.count;
+    const Range all{0, blocks};
     const Range rows = split_rows ? part(count_, place.index, place.count) : Range{0, count_};
     const int64_t n = rows.end - rows.begin;
     run_product(
         W_, dx_.row(rows.begin), dx_.ld, n, n,
-        split_rows ? all : part(panels, place.index, place.count),
+        split_rows ? all : part(blocks, place.index, place.count),
         [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
           T* to = dinput_ + rows_.at(rows.begin + m) * p_->I + u;
           store(to, Pack<T>::load(r), lanes);

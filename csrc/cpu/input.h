@@ -39,24 +39,24 @@ class InputProduct {
 
   // Packs this thread's part of W.
   void prepare(const Place& place) {
-    w_.set_rows(io_->W, p_->I, io_->b_ih, part(W::panels(p_->H), place.index, place.count));
+    w_.set_rows(io_->W, p_->I, io_->b_ih, part(W::blocks(p_->H), place.index, place.count));
   }
 
   // Computes this thread's part of steps [begin, end): its units, or its rows if threads outnumber
-  // the panels.
+  // the blocks.
   void run(int64_t begin, int64_t end, const Place& place) {
     const Sequence& seq = p_->seq;
     const int64_t start = seq.offset ? seq.offset[begin] : begin * rows_.stride_t;
     if (!p_->training) first_ = start;
-    const int64_t panels = W::panels(p_->H);
-    const bool split_units = panels >= place.count;
-    const Range mine = split_units ? part(panels, place.index, place.count) : Range{0, panels};
-    const auto multiply = [&](int64_t panel, int64_t row, int64_t count, T* x) {
+    const int64_t blocks = W::blocks(p_->H);
+    const bool split_units = blocks >= place.count;
+    const Range mine = split_units ? part(blocks, place.index, place.count) : Range{0, blocks};
+    const auto multiply = [&](Range units, int64_t row, int64_t count, T* x) {
       const Range rows = split_units ? Range{0, count} : part(count, place.index, place.count);
       const int64_t n = rows.end - rows.begin;
       x += rows.begin * ld_;
       run_product(
-          w_, p_->input + (row + rows.begin) * p_->I, p_->I, n, n, {panel, panel + 1},
+          w_, p_->input + (row + rows.begin) * p_->I, p_->I, n, n, units,
           [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
             T* to = x + m * ld_ + u;
             for (int g = 0; g < G; ++g)
@@ -64,16 +64,17 @@ class InputProduct {
           },
           FetchNothing{});
     };
-    for (int64_t panel = mine.begin; panel < mine.end; ++panel) {
+    for (int64_t block = mine.begin; block < mine.end; block += W::NU) {
+      const Range units{block, minimum(block + W::NU, mine.end)};
       if (batch_major()) {
         for (int64_t b = 0; b < seq.B; ++b) {
           T* x = x_ + (b * rows_.stride_b + begin - first_) * ld_;
-          multiply(panel, b * p_->x_rows.stride_b + begin, end - begin, x);
+          multiply(units, b * p_->x_rows.stride_b + begin, end - begin, x);
         }
       } else {
         const int64_t last = end - 1;
         const int64_t stop = seq.offset ? seq.offset[last] + seq.rows_at(last) : end * seq.B;
-        multiply(panel, start, stop - start, x_ + (start - first_) * ld_);
+        multiply(units, start, stop - start, x_ + (start - first_) * ld_);
       }
     }
   }

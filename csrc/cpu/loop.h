@@ -44,7 +44,7 @@ struct Matrix {
 };
 
 // A thread's place: its group of directions, every row_groups-th row, its part of every product's
-// panels. Rows are dealt out in turn because the sorted order puts the long ones first.
+// blocks of units. Rows are dealt out in turn because the sorted order puts the long ones first.
 struct Place {
   int direction_group, direction_groups, row_group, row_groups, unit_group, unit_groups;
   int index, count;  // among all threads of the direction group
@@ -69,11 +69,11 @@ struct Place {
   int barrier() const { return 1 + direction_groups + direction_group * row_groups + row_group; }
 };
 
-// One product over this thread's rows and panels; emit and fetch get the sorted row.
+// One product over this thread's rows and units; emit and fetch get the sorted row.
 template <class T, int NG, class Emit, class Fetch = FetchNothing>
 RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand, const Place& place,
                               int64_t product_rows, int64_t rows, Emit&& emit, Fetch&& fetch = {}) {
-  const Range mine = part(w.panels(w.N), place.unit_group, place.unit_groups);
+  const Range mine = part(w.blocks(w.N), place.unit_group, place.unit_groups);
   run_product(
       w, operand.row(place.row_group), operand.ld * place.row_groups, place.rows(product_rows),
       place.rows(rows), mine,

@@ -28,17 +28,17 @@ double weight_rate(double bytes) {
 double call_microseconds(const Work& work, Plan& plan) {
   const double directions = static_cast<double>(work.D) / plan.direction_groups;
   const double rows = static_cast<double>((work.B + plan.row_groups - 1) / plan.row_groups);
-  const double panels =
-      static_cast<double>((work.panels + plan.unit_groups - 1) / plan.unit_groups) / work.panels;
-  const double elements = static_cast<double>(work.weights) * panels;
+  const double share =
+      static_cast<double>((work.blocks + plan.unit_groups - 1) / plan.unit_groups) / work.blocks;
+  const double elements = static_cast<double>(work.weights) * share;
   const double lanes = static_cast<double>(work.vector_bytes) / work.element_bytes;
   const double flops_per_us = 4e3 * lanes * kGigahertz;  // two fma a cycle
   const double tiles = (rows + 5) / 6;                   // each streams the slice once
   const double bytes = elements * work.element_bytes;
   const double product =
       std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes));
-  const double input = 2 * static_cast<double>(work.inputs) * panels * rows / flops_per_us;
-  const double pointwise = static_cast<double>(work.outputs) * panels * rows / lanes * kPointwise;
+  const double input = 2 * static_cast<double>(work.inputs) * share * rows / flops_per_us;
+  const double pointwise = static_cast<double>(work.outputs) * share * rows / lanes * kPointwise;
   const double barrier = plan.unit_groups > 1 ? work.stages * kBarrier : 0;
   plan.step_microseconds = directions * (input + product + pointwise + barrier);
   const double packed = work.packs ? static_cast<double>(work.D * (work.weights + work.inputs)) : 0;
@@ -58,7 +58,7 @@ Plan make_plan(const Work& work, int threads) {
   for (int d = 1; d <= max_directions; ++d) {
     const int most_rows = static_cast<int>(std::min<int64_t>(work.B, threads / d));
     for (int r = 1; r <= most_rows; r = next(r, most_rows)) {
-      const int most_units = static_cast<int>(std::min<int64_t>(work.panels, threads / d / r));
+      const int most_units = static_cast<int>(std::min<int64_t>(work.blocks, threads / d / r));
       for (int u = 1; u <= most_units; u = next(u, most_units)) {
         Plan plan;
         plan.direction_groups = d;

@@ -18,7 +18,7 @@ struct Work {
   int64_t inputs;   // input weight elements of one direction, if the call multiplies by them
   bool packs;       // whether the weights are packed before the first step
   int64_t outputs;  // sum of the outputs of one step's products, per row and direction
-  int64_t panels;   // the fewest panels that any of its products has
+  int64_t blocks;   // the fewest blocks of units that any of its products has
   int stages;       // products, and so barriers, in one step
   int element_bytes;
   int vector_bytes;  // of the ISA
