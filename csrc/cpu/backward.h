@@ -140,8 +140,9 @@ class BackwardLoop {
     step.t = -1;
     for (int64_t s = 0; s < T_; s += chunk) {
       const int64_t end = minimum(T_, s + chunk);
+      if (all) all->wait();  // the chunk before has been read
       gradients.open(reverse ? s : T_ - end, reverse ? end : T_ - s, place);
-      if (all) all->wait();  // what is open is empty, and the chunk before has been read
+      if (all && gradients.clears()) all->wait();
       visit(d, s, end, step, place, barrier);
       if (all) all->wait();
       gradients.close(s / chunk, place, scratch);

@@ -43,7 +43,7 @@ class Gradients {
 
   // Each thread's scratch for the sums.
   static int64_t scratch_elements(const BackwardProblem<T>& p) {
-    const int64_t columns = Outer<T>::columns(p.I) + Outer<T>::columns(p.P);
+    const int64_t columns = Outer<T>::columns(p.I) + Outer<T>::columns(maximum(p.P, p.H));
     return Carver<T>::round_up(Outer<T>::scratch_elements(kMostRows + p.seq.B, columns));
   }
 
@@ -57,7 +57,10 @@ class Gradients {
     }
   }
 
-  // Lets the chunk of steps [begin, end) be written. Steps beyond a row's length write nothing.
+  // Whether a chunk has steps that no row runs, and so must be cleared before it is written.
+  bool clears() const { return p_->seq.active && !p_->seq.offset; }
+
+  // Lets the chunk of steps [begin, end) be written, and clears this thread's part of it.
   void open(int64_t begin, int64_t end, const Place& place) {
     const Sequence& seq = p_->seq;
     if (seq.offset) {
@@ -74,7 +77,7 @@ class Gradients {
       }
     }
     first_ = seq.offset ? rows_.first : begin * local_.stride_t;
-    if (!seq.active || seq.offset) return;
+    if (!clears()) return;
     const Range mine = part(count_, place.index, place.count);
     const auto clear = [&](const Matrix<T>& m) {
       const int64_t elements = (mine.end - mine.begin) * m.ld;

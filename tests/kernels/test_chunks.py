@@ -1,0 +1,80 @@
+"""Sizes that the kernels cut into chunks: the input product's, the gradients', and pieces of those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import rnnkern
+import torch
+from cases import Case, assert_identical, assert_matches, build, evaluate, expected
+from rnnkern import _native
+from tolerances import assert_close
+from torch import nn
+
+CELLS = ("lstm", "gru", "gru_reset_before", "rnn_tanh")
+# Rows enough for several chunks, of which the last is short; H = 100 makes x of inference wide.
+SIZES = ({"T": 130, "B": 5, "I": 7, "H": 33}, {"T": 300, "B": 1, "I": 20, "H": 100})
+
+
+def cases() -> list[Case]:
+    found = []
+    for cell in CELLS:
+        for sizes in SIZES:
+            found += [
+                Case(cell, D=2, **sizes),
+                Case(cell, layout="batch_first", **sizes),
+                Case(cell, layout="batch_first", D=2, lengths=True, **sizes),
+                Case(cell, layout="packed_unsorted", resets=True, reset_state=True, D=2, **sizes),
+                Case(cell, lengths=True, resets=True, **sizes),
+            ]
+    found += [Case("lstm", P=9, D=2, lengths=True, **SIZES[0])]
+    found += [Case("lstm", P=9, layout="packed", **SIZES[0])]
+    found += [Case("lstm", T=300, B=1, I=2, H=100, P=3)]  # no factor is as wide as that of dW_hr
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _more_threads_than_cpus() -> Iterator[None]:
+    before = torch.get_num_threads()
+    _native.allow_oversubscription(True)
+    yield
+    _native.allow_oversubscription(False)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_several_chunks(case: Case, dtype: torch.dtype) -> None:
+    args = build(case, dtype)
+    torch.set_num_threads(1)
+    found = evaluate(args)
+    assert_matches(found, expected(args), dtype=dtype)
+    for threads in (2, 7):
+        torch.set_num_threads(threads)
+        assert_identical(evaluate(args), found)
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if not c.resets], ids=str)
+def test_inference_in_chunks_equals_training(case: Case) -> None:
+    args = build(case, torch.float32)
+    wanted = torch.ops.rnnkern.layer(*args, True)[:3]
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found = torch.ops.rnnkern.layer(*args, False)[:3]
+        assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("T", [64 * 64, 64 * 64 + 1, 65 * 64, 128 * 64])  # chunks of 64 steps
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_sums_of_more_chunks_than_a_piece_has(name: str, T: int) -> None:
+    theirs = getattr(nn, name)(3, 2, bidirectional=True, dtype=torch.float64)
+    ours = getattr(rnnkern, name)(3, 2, bidirectional=True, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict())
+    x, dy = torch.randn(T, 4, 3, dtype=torch.float64), torch.randn(T, 4, 4, dtype=torch.float64)
+    wanted = torch.autograd.grad(theirs(x)[0], list(theirs.parameters()), dy)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found = torch.autograd.grad(ours(x)[0], list(ours.parameters()), dy)
+        for (key, _), f, w in zip(ours.named_parameters(), found, wanted, strict=True):
+            assert_close(f, w, kind="gradient", name=key)
