@@ -76,8 +76,8 @@ ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, 
   return p;
 }
 
-// Sizes as above, then dinput; directions (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn, dh0,
-// dc0, dreset_h, dreset_c, W, dW, dR, db_ih, db_hh, dW_hr, dx, extra, dh)
+// Sizes as above, then dinput; directions (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn,
+// dh0, dc0, dreset_h, dreset_c, W, dW, dR, db_ih, db_hh, dW_hr, dx, extra, dh)
 template <class T, class A = T>
 BackwardProblem<T, A> backward_problem(const py::tuple& seq, const py::tuple& sizes,
                                        const py::tuple& directions) {

@@ -1,8 +1,8 @@
 // The problem structs: everything a driver needs to run one recurrent layer over a whole sequence.
 //
-// Sizes: T steps, B batch rows, H hidden units, P state width (H, or the projected size), D
-// directions, I input features, G gates, S states, K saved values per unit, N data rows (T·B padded,
-// or the packed total).
+// Sizes: T steps, B batch rows, I input features, H hidden units, P state width (H, or the
+// projected size), D directions, G gates, S states, K saved values per unit, N data rows (T·B
+// padded, or the packed total).
 //
 // Rows. Every per-step buffer is two-dimensional, [rows, width]. A step t runs the `active[t]`
 // first rows of the batch in sorted order (longest first), so lengths and packed sequences need no
@@ -131,7 +131,8 @@ bool valid_sizes(const Problem& p, bool may_project) {
   return sizes && (p.dir[0].W_hr ? may_project : p.P == p.H);
 }
 
-// Which rows of all data the rows of a chunk are: row n is first + n / group · outer + n % group · inner.
+// Which rows of all data the rows of a chunk are: row n is
+// first + n / group · outer + n % group · inner.
 struct RowMap {
   int64_t first, group, outer, inner;
   int64_t at(int64_t n) const { return first + n / group * outer + n % group * inner; }

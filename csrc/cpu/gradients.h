@@ -171,7 +171,8 @@ class Gradients {
         FetchNothing{});
   }
 
-  // Calls visit(sum of the present piece, its place in the results, elements) for each sum asked for.
+  // Calls visit(sum of the present piece, its place in the results, elements) for each sum that is
+  // asked for.
   template <class Visit>
   void for_each_sum(Visit&& visit) {
     const int64_t gates = G * p_->H;

@@ -1,5 +1,5 @@
-// The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop reads
-// a chunk while it is still in cache, and in inference nothing of x outlives its chunk.
+// The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
+// reads a chunk while it is still in cache, and in inference nothing of x outlives its chunk.
 #pragma once
 
 #include "cpu/loop.h"
@@ -10,7 +10,8 @@ namespace {
 template <class T, int G>
 class InputProduct {
   using W = Weights<T, G>;
-  // A chunk of x: what stays in cache beside the weights, but rows enough to pay for reading W again.
+  // A chunk of x: what stays in cache beside the weights, but rows enough to pay for reading W
+  // again.
   static constexpr int64_t kChunkBytes = 256 << 10, kLeastRows = 48;
 
  public:

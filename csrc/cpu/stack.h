@@ -1,5 +1,5 @@
-// Inference through a stack of layers in one call, for callers to whom the way to the kernel counts:
-// padded data, whole rows, nothing kept for backward.
+// Inference through a stack of layers in one call, for callers to whom the way to the kernel
+// counts: padded data, whole rows, nothing kept for backward.
 #pragma once
 
 #include "core/problem.h"

@@ -11,10 +11,11 @@
 //
 // so every gate of a unit ends in the same lane. Units beyond the last are zero.
 //
-// Tile. MR operand rows × NU neighbouring blocks with all their gates; NU is chosen so that a tile has
-// 3 or 4 registers a row whatever the cell, MR is what the register file holds. Every output is summed in chains of kChain fma, k ascending, the first of them from the bias, and the
-// chains are added in order. So a value does not depend on the tile it was computed in, results are
-// the same for every split over threads, and the rounding error grows with kChain and not with K.
+// Tile. MR operand rows × NU neighbouring blocks with all their gates; NU is chosen so that a tile
+// has 3 or 4 registers a row whatever the cell, MR is what the register file holds. Every output
+// is summed in chains of kChain fma, k ascending, the first of them from the bias, and the chains
+// are added in order. So a value does not depend on the tile it was computed in, results are the
+// same for every split over threads, and the rounding error grows with kChain and not with K.
 #pragma once
 
 #include "core/problem.h"
@@ -189,7 +190,7 @@ struct Weights {
   void multiply_packed(const T* a, int64_t lda, int64_t m, int64_t first, T* out) const {
     const auto tile = [&](auto rows_of_tile) {
       multiply_tile<T, decltype(rows_of_tile)::value, count, NG>(a, lda, block(first),
-                                                                block_size(K), K, out);
+                                                                 block_size(K), K, out);
     };
     switch (m) {
       case 1: return tile(Count<1>{});
@@ -219,8 +220,8 @@ struct FetchNothing {
 };
 
 // Runs one product for the blocks of units in `mine` and the rows [0, rows) of `a`, and hands every
-// finished block to emit(row, unit, lanes, r): r[NG][L] holds the products of the `lanes` units from
-// `unit` on. Rows from product_rows on have no operand and are handed over as zero. Before a
+// finished block to emit(row, unit, lanes, r): r[NG][L] holds the products of the `lanes` units
+// from `unit` on. Rows from product_rows on have no operand and are handed over as zero. Before a
 // product, fetch(row, unit, count) is called for the units that follow from it.
 template <class T, int NG, class Emit, class Fetch>
 RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda,

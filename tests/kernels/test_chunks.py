@@ -1,4 +1,4 @@
-"""Sizes that the kernels cut into chunks: the input product's, the gradients', and pieces of those."""
+"""Sizes that the kernels cut into chunks, of input products and gradients, and into pieces."""
 
 from __future__ import annotations
 
