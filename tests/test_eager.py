@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,11 @@ import rnnkern
 import torch
 from cases import assert_identical
 from rnnkern import eager
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {}),
@@ -39,6 +42,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     with monkeypatch.context() as patch:
         patch.setattr(eager, "run", spy)
         yield taken
+
+
+@contextlib.contextmanager
+def general_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(eager, "run", lambda *_, **__: None)
+        yield
 
 
 def flat(result: Any) -> dict[str, Tensor]:
@@ -69,7 +79,7 @@ def test_equal_to_the_general_way(
 ) -> None:
     module, x, hx = made(name, options, dtype)
     args = (x, hx) if stated else (x,)
-    with torch.autograd.profiler.profile():  # which sends calls the general way
+    with general_way(monkeypatch):
         general = {k: t.detach() for k, t in flat(module(*args)).items()}
     with torch.no_grad(), counted(monkeypatch) as taken:
         found = flat(module(*args))
@@ -98,7 +108,7 @@ def test_gradients_equal_those_of_the_general_way(
     with counted(monkeypatch) as taken:
         found = gradients(module, x, hx)
     assert taken == [True]
-    with torch.autograd.profiler.profile():
+    with general_way(monkeypatch):
         assert_identical(found, gradients(module, x, hx))
 
 
@@ -226,9 +236,8 @@ def test_unusual_tensors_go_the_general_way(kind: str, monkeypatch: pytest.Monke
         Watching,
         Overriding,
         lambda: torch.autograd.forward_ad.dual_level(),
-        lambda: torch.autograd.profiler.profile(),
     ],
-    ids=["autocast", "dispatch mode", "function mode", "forward AD", "profiler"],
+    ids=["autocast", "dispatch mode", "function mode", "forward AD"],
 )
 def test_what_watches_or_changes_operators_sees_them(
     state: Any, monkeypatch: pytest.MonkeyPatch
@@ -274,3 +283,58 @@ def test_the_native_call_checks_its_sizes() -> None:
         call(0, 1, 1, 1, 1, 1, 1, 1, 1, True, False, 0, 0, 0, 0, 0, 0, (0, 0))
     with pytest.raises(ValueError, match="problem: sizes out of range"):
         call(0, 1, 1, 1, 1, 1, 1, 3, 1, False, False, 0, 0, 0, 0, 0, 0, (0,) * 6)
+
+
+@pytest.mark.parametrize(
+    "unpack",
+    [
+        lambda t: t.double(),
+        lambda t: t.bfloat16(),
+        lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
+        lambda t: t[:1],
+    ],
+    ids=["wider", "narrower", "in columns", "shorter"],
+)
+def test_hooks_that_change_saved_tensors(unpack: Callable[[Tensor], Tensor]) -> None:
+    """Never a wrong number: the same gradients, or an error."""
+    module, x, _ = made("LSTM", {}, torch.float32)
+    weights = list(module.parameters())
+    wanted = torch.autograd.grad(module(x)[0].sum(), weights)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+        y = module(x)[0]
+        try:
+            found = torch.autograd.grad(y.sum(), weights)
+        except (RuntimeError, ValueError):
+            return
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w)
+
+
+def test_checkpoint_under_a_profiler() -> None:
+    module, x, _ = made("GRU", {}, torch.float32)
+    x.requires_grad_()
+    with torch.autograd.profiler.profile():
+        y = checkpoint(lambda t: module(t)[0], x, use_reentrant=False)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.autograd.grad(module(x)[0].sum(), x)[0])
+
+
+def test_tensors_without_storage() -> None:
+    module, _, _ = made("LSTM", {"bidirectional": True}, torch.float32)
+    with torch.no_grad():
+        found = module(torch._efficientzerotensor((5, 3, 7)))[0]
+        assert torch.equal(found, module(torch.zeros(5, 3, 7))[0])
+    y = module(torch.zeros(5, 3, 7))[0]
+    torch.autograd.backward(y, torch._efficientzerotensor(y.shape))
+    assert not any(p.grad.any() for p in module.parameters())
+
+
+def test_large_batches_are_summed_in_blocks() -> None:
+    theirs, ours = (m.GRU(16, 16) for m in (nn, rnnkern))
+    ours.load_state_dict(theirs.state_dict())
+    x, dy = torch.rand(1, 50_000, 16), torch.rand(1, 50_000, 16)
+    exact = copy.deepcopy(theirs).double()
+    wanted = torch.autograd.grad(exact(x.double())[0], list(exact.parameters()), dy.double())
+    found = torch.autograd.grad(ours(x)[0], list(ours.parameters()), dy)
+    for f, w in zip(found, wanted, strict=True):
+        assert_close(f.double(), w, kind="gradient", dtype=torch.float32)

@@ -161,3 +161,7 @@ def test_other_devices_run_the_reference() -> None:
 def test_only_our_modules_explain(wrong: Any) -> None:
     with pytest.raises(TypeError, match="module"):
         rnnkern.explain(wrong, torch.randn(4, 2, 3))
+
+
+def test_an_empty_batch() -> None:
+    assert rnnkern.explain(rnnkern.LSTM(7, 9), torch.randn(5, 0, 7)).backend == "cpu"

@@ -101,6 +101,7 @@ py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P
   };
   BackwardProblem<T> backward{};
   backward.dinput = &some;
+  if (!valid_sizes(sized(backward), cell_info(cell).projects)) raise(Status::bad_problem);
   const Plan chosen = back ? plan_backward<T>(cell, sized(backward), threads)
                            : plan_forward<T>(cell, sized(ForwardProblem<T>{}), threads);
   py::dict d;

@@ -44,7 +44,7 @@ class Gradients {
   // Each thread's scratch for the sums.
   static int64_t scratch_elements(const BackwardProblem<T>& p) {
     const int64_t columns = Outer<T>::columns(p.I) + Outer<T>::columns(maximum(p.P, p.H));
-    return Carver<T>::round_up(Outer<T>::scratch_elements(kMostRows + p.seq.B, columns));
+    return Carver<T>::round_up(Outer<T>::scratch_elements(columns));
   }
 
   int64_t steps() const { return steps_; }  // of a chunk

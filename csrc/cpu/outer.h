@@ -6,7 +6,7 @@
 // packed into panels of NV registers, a into tiles of MR columns, and every MR × NV tile of an
 // output adds its sum over the rows to memory. The packed tile of a stays in L1, the panels of b in
 // L2. Sums run over the rows in order, so that the result does not depend on how threads split the
-// outputs.
+// outputs. Rows are taken kRows at a time, so that rounding errors do not grow with all of them.
 #pragma once
 
 #include "core/problem.h"
@@ -20,13 +20,14 @@ class Outer {
   static constexpr int L = Pack<T>::lanes;
   static constexpr int NV = 2;
   static constexpr int MR = kRegisters * 3 / 4 / NV;
+  static constexpr int64_t kRows = 256;
 
  public:
   // Columns of a factor, in whole panels.
   static int64_t columns(int64_t I) { return (I + NV * L - 1) / (NV * L) * NV * L; }
 
-  // A thread's scratch for `rows` rows of factors with that many columns: all panels and one tile.
-  static int64_t scratch_elements(int64_t rows, int64_t columns) { return rows * (columns + MR); }
+  // A thread's scratch for factors with that many columns: all panels and one tile of a block.
+  static int64_t scratch_elements(int64_t columns) { return kRows * (columns + MR); }
 
   // The part of thread `rank` of `size`, with scratch of its own.
   static void run(const OuterProblem<T>& p, T* scratch, int rank, int size) {
@@ -36,14 +37,17 @@ class Outer {
     const bool sums = (p.sum[0] || p.sum[1]) && rank % grid_columns == 0;
     if (rank >= grid_rows * grid_columns) return;
     if (columns.begin == columns.end && !sums) return;
-    T* packed_a = scratch + p.N * panels(p) * NV * L;
-    for (int64_t c = columns.begin; c < columns.end; ++c)
-      pack_panel(panel(p, c), p.N, scratch + c * p.N * NV * L);
-    for (int64_t t = mine.begin; t < mine.end; ++t) {
-      pack_tile(p, t, packed_a);
-      if (sums) add_sum(p, packed_a, t);
+    T* packed_a = scratch + kRows * panels(p) * NV * L;
+    for (int64_t n = 0; n < p.N; n += kRows) {
+      const Block block{n, minimum(kRows, p.N - n), p.adds || n > 0};
       for (int64_t c = columns.begin; c < columns.end; ++c)
-        add_tile(p, panel(p, c), packed_a, scratch + c * p.N * NV * L, t);
+        pack_panel(panel(p, c), block, scratch + c * kRows * NV * L);
+      for (int64_t t = mine.begin; t < mine.end; ++t) {
+        pack_tile(p, block, t, packed_a);
+        if (sums) add_sum(p, block, packed_a, t);
+        for (int64_t c = columns.begin; c < columns.end; ++c)
+          add_tile(p, block, panel(p, c), packed_a, scratch + c * kRows * NV * L, t);
+      }
     }
   }
 
@@ -51,6 +55,11 @@ class Outer {
   struct Panel {
     const OuterFactor<T>& factor;
     int64_t begin, count;  // columns
+  };
+
+  struct Block {
+    int64_t first, rows;
+    bool adds;  // to what the blocks before gave
   };
 
   static int64_t tiles(const OuterProblem<T>& p) { return (p.O + MR - 1) / MR; }
@@ -79,10 +88,10 @@ class Outer {
     return best;
   }
 
-  static void pack_panel(const Panel& panel, int64_t N, T* out) {
+  static void pack_panel(const Panel& panel, const Block& block, T* out) {
     const OuterFactor<T>& f = panel.factor;
-    for (int64_t n = 0; n < N; ++n, out += NV * L) {
-      const T* in = f.data + f.rows.at(n) * f.ld + panel.begin;
+    for (int64_t n = 0; n < block.rows; ++n, out += NV * L) {
+      const T* in = f.data + f.rows.at(block.first + n) * f.ld + panel.begin;
       for (int v = 0; v < NV; ++v) {
         const int lanes = static_cast<int>(clamp(panel.count - v * L, 0, L));
         const Pack<T> row = lanes > 0 ? load(in + v * L, lanes) : Pack<T>(T(0));
@@ -91,41 +100,41 @@ class Outer {
     }
   }
 
-  static void pack_tile(const OuterProblem<T>& p, int64_t tile, T* out) {
-    const T* in = p.a + tile * MR;
+  static void pack_tile(const OuterProblem<T>& p, const Block& block, int64_t tile, T* out) {
+    const T* in = p.a + block.first * p.lda + tile * MR;
     const int64_t columns = minimum(MR, p.O - tile * MR);
     if (columns == MR) {
-      for (int64_t n = 0; n < p.N; ++n, in += p.lda, out += MR)
+      for (int64_t n = 0; n < block.rows; ++n, in += p.lda, out += MR)
         std::memcpy(out, in, MR * sizeof(T));
       return;
     }
-    for (int64_t n = 0; n < p.N; ++n, in += p.lda, out += MR) {
+    for (int64_t n = 0; n < block.rows; ++n, in += p.lda, out += MR) {
       for (int m = 0; m < MR; ++m) out[m] = m < columns ? in[m] : T(0);
     }
   }
 
-  static void add_sum(const OuterProblem<T>& p, const T* a, int64_t tile) {
+  static void add_sum(const OuterProblem<T>& p, const Block& block, const T* a, int64_t tile) {
     T sum[MR] = {};
-    for (int64_t n = 0; n < p.N; ++n, a += MR) {
+    for (int64_t n = 0; n < block.rows; ++n, a += MR) {
       for (int m = 0; m < MR; ++m) sum[m] += a[m];
     }
     for (T* total : p.sum) {
       if (!total) continue;
       T* out = total + tile * MR;
       for (int m = 0; m < minimum(MR, p.O - tile * MR); ++m)
-        out[m] = p.adds ? out[m] + sum[m] : sum[m];
+        out[m] = block.adds ? out[m] + sum[m] : sum[m];
     }
   }
 
-  static void add_tile(const OuterProblem<T>& p, const Panel& panel, const T* a, const T* b,
-                       int64_t tile) {
+  static void add_tile(const OuterProblem<T>& p, const Block& block, const Panel& panel, const T* a,
+                       const T* b, int64_t tile) {
     Pack<T> acc[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[m][v] = Pack<T>(T(0));
     }
-    for (int64_t n = 0; n < p.N; ++n, a += MR, b += NV * L) {
+    for (int64_t n = 0; n < block.rows; ++n, a += MR, b += NV * L) {
       Pack<T> row[NV];
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) row[v] = Pack<T>::load(b + v * L);
@@ -146,7 +155,7 @@ class Outer {
         const int lanes = static_cast<int>(clamp(panel.count - v * L, 0, L));
         if (lanes == 0) break;
         T* at = out + v * L;
-        store(at, p.adds ? load(at, lanes) + acc[m][v] : acc[m][v], lanes);
+        store(at, block.adds ? load(at, lanes) + acc[m][v] : acc[m][v], lanes);
       }
     }
   }

@@ -21,6 +21,8 @@ from rnnkern.cells import Cell
 from rnnkern.plain import dense, is_plain
 
 _DTYPES = (torch.float32, torch.float64)
+_AUTOGRAD = torch._C.DispatchKey.AutogradCPU
+_CPU = torch.device("cpu")
 
 
 def run(
@@ -72,14 +74,20 @@ def run(
                 return None
             initial[k] = state.data_ptr()
     addresses = _addresses(weights, dtype, cell.gates * H, sizes, directions, bias)
-    if addresses is None:
+    if addresses is None or 0 in addresses or input.data_ptr() == 0:  # no storage
         return None
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *weights):
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
+            return None  # inside an operator
         form = eager_training.Form(cell, H, P, directions, bias, P != H, batch_first)
         return eager_training.run(form, input, states, weights, layers)
-    y = torch.empty(T, B, directions * P, dtype=dtype)
-    hn = torch.empty(layers * directions, B, P, dtype=dtype)
-    cn = torch.empty(layers * directions, B, H, dtype=dtype) if cell.states == 2 else None
+    y = torch.empty(T, B, directions * P, dtype=dtype, device=_CPU)
+    hn = torch.empty(layers * directions, B, P, dtype=dtype, device=_CPU)
+    cn = (
+        torch.empty(layers * directions, B, H, dtype=dtype, device=_CPU)
+        if cell.states == 2
+        else None
+    )
     infer = _cpu.infer_float32 if dtype is torch.float32 else _cpu.infer_float64
     infer(
         cell.index,

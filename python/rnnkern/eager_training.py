@@ -16,7 +16,9 @@ from torch import Tensor
 from rnnkern._native import _cpu
 from rnnkern.arguments import DIFFERENTIABLE
 from rnnkern.cells import Cell
-from rnnkern.plain import is_plain
+from rnnkern.plain import dense, is_plain
+
+_CPU = torch.device("cpu")
 
 
 class Form(NamedTuple):
@@ -91,10 +93,10 @@ class _Layer(torch.autograd.Function):
         if form.batch_first:
             T, B = B, T
         N, size = T * B, dtype.itemsize
-        y = torch.empty(T, B, D * P, dtype=dtype)
-        hn = torch.empty(D, B, P, dtype=dtype)
-        cn = torch.empty(D, B, H, dtype=dtype) if cell.states == 2 else None
-        kept = torch.empty(N * D * (G * H + P + K * H), dtype=dtype)
+        y = torch.empty(T, B, D * P, dtype=dtype, device=_CPU)
+        hn = torch.empty(D, B, P, dtype=dtype, device=_CPU)
+        cn = torch.empty(D, B, H, dtype=dtype, device=_CPU) if cell.states == 2 else None
+        kept = torch.empty(N * D * (G * H + P + K * H), dtype=dtype, device=_CPU)
         at = kept.data_ptr()
         h_prev, saved = at + N * D * G * H * size, at + N * D * (G * H + P) * size
         directions = []
@@ -121,28 +123,41 @@ class _Layer(torch.autograd.Function):
             tuple(directions),
         )
         ctx.set_materialize_grads(False)
+        tensors = (input, h0, c0, kept, *weights)
         ctx.form = form
-        ctx.save_for_backward(input, h0, c0, kept, *weights)
+        ctx.dtype = dtype
+        ctx.shapes = [None if t is None else t.shape for t in tensors]
+        ctx.save_for_backward(*tensors)
         return (y, hn) if cn is None else (y, hn, cn)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, *rest: Tensor | None) -> Any:
         form: Form = ctx.form
         dcn = rest[0] if rest else None
-        input, h0, c0, kept, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        input, h0, c0, kept, *weights = saved
         needs = ctx.needs_input_grad[1:]
         if dy is None and dhn is None and dcn is None:
             return (None,) * (1 + len(needs))
-        tensors = (kept, dy, dhn, dcn)
-        if torch.is_grad_enabled() or not is_plain() or not all(map(_readable, tensors)):
+        # Hooks on saved tensors may have put others in their place.
+        same = all(
+            t is None or dense(t, ctx.dtype, shape)
+            for t, shape in zip(saved, ctx.shapes, strict=True)
+        )
+        plain = same and is_plain() and all(map(_readable, (dy, dhn, dcn)))
+        if torch.is_grad_enabled() or not plain:
             return None, *_general(form, input, h0, c0, kept, weights, (dy, dhn, dcn), needs)
         return None, *_native(form, input, h0, c0, kept, weights, (dy, dhn, dcn), needs)
 
 
 def _readable(t: Tensor | None) -> bool:
-    """Return whether the kernel can read a gradient: torch also hands out batches of them."""
+    """Return whether the kernel can read a gradient: torch also hands out batches, and zeros."""
     return t is None or (
-        type(t) is Tensor and not t.is_neg() and not torch._C._functorch.is_legacy_batchedtensor(t)
+        type(t) is Tensor
+        and not t.is_neg()
+        and not torch._C._functorch.is_legacy_batchedtensor(t)
+        and t.layout is torch.strided
+        and t.data_ptr() != 0
     )
 
 

@@ -130,7 +130,9 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
     plan_of = _cpu.plan_float64 if compute == torch.float64 else _cpu.plan_float32
     cell, H = get_cell(name).index, module.hidden_size
     plan = {
-        label: plan_of(cell, torch.get_num_threads(), T, B, H, P or H, D, data.shape[-1], backward)
+        label: plan_of(
+            cell, torch.get_num_threads(), T, max(B, 1), H, P or H, D, data.shape[-1], backward
+        )
         for label, backward in (("forward", False), ("backward", True))
     }
     threads = int(max(p["threads"] for p in plan.values()))

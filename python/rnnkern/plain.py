@@ -19,7 +19,6 @@ def is_plain() -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
-        or torch._C._autograd._profiler_enabled()
     )
 
 
