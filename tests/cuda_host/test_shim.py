@@ -7,8 +7,8 @@ in global memory, each with the mistake that the shim must show.
 from __future__ import annotations
 
 import ctypes
-import re
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
