@@ -12,8 +12,8 @@ import pytest
 import rnnkern
 import torch
 from rnnkern import _native, cli
-from rnnkern.demo import machine
-from rnnkern.demo.errors import CommandError
+from rnnkern.console import machine
+from rnnkern.console.errors import CommandError
 
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch

@@ -15,8 +15,9 @@ import pytest
 import rnnkern
 import torch
 from rnnkern import cli
-from rnnkern.demo import command, corpus, files, model, report, train
-from rnnkern.demo.errors import CommandError
+from rnnkern.console import files
+from rnnkern.console.errors import CommandError
+from rnnkern.demo import command, corpus, model, report, train
 from torch import Tensor, nn
 
 Capture = pytest.CaptureFixture[str]

@@ -20,8 +20,9 @@ import torch
 
 import rnnkern
 from rnnkern.bench import options as bench_options
-from rnnkern.demo import machine, options
-from rnnkern.demo.errors import CommandError
+from rnnkern.console import machine
+from rnnkern.console.errors import CommandError
+from rnnkern.demo import options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

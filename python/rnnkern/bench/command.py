@@ -17,8 +17,8 @@ from rnnkern.bench.contenders import NAMES, OURS, THEIRS
 from rnnkern.bench.measure import Plan, hot_microseconds
 from rnnkern.bench.options import repeat
 from rnnkern.bench.report import Report
-from rnnkern.demo.errors import CommandError, require
-from rnnkern.demo.files import check_writable, write
+from rnnkern.console.errors import CommandError, require
+from rnnkern.console.files import check_writable, write
 
 SCALING = (1, 2, 4, 8)
 """Threads of a scaling run."""

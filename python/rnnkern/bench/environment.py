@@ -13,7 +13,7 @@ import torch
 
 import rnnkern
 from rnnkern import _native
-from rnnkern.demo import machine
+from rnnkern.console import machine
 
 _PACKAGE = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern.bench.cases import CELLS, GATES, Case
-from rnnkern.demo.errors import require
+from rnnkern.console.errors import require
 
 _ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
 """Places of ONNX's gates among torch's: i o f c among i f g o, z r h among r z n."""

@@ -7,8 +7,7 @@ import math
 import shlex
 
 from rnnkern.bench.cases import CELLS, MODES
-from rnnkern.demo.machine import cpu_count
-from rnnkern.demo.options import count, number, path
+from rnnkern.console.options import add_threads, count, number, path
 
 CONTENDERS = ("torch", "compile", "onnxruntime")
 """Those that rnnkern can be compared with."""
@@ -35,13 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare only with this (may be repeated; default: all that are installed)",
     )
     add("--list", action="store_true", help="print the names of the chosen cases, and stop")
-    add = parser.add_argument_group("how to measure").add_argument
-    add(
-        "--threads",
-        type=count(max(16, 4 * cpu_count())),
-        metavar="N",
-        help="CPU threads (default: torch's own choice)",
-    )
+    measuring = parser.add_argument_group("how to measure")
+    add_threads(measuring)
+    add = measuring.add_argument
     add(
         "--rounds",
         type=count(10**6),

@@ -9,7 +9,7 @@ from rnnkern.bench.cases import CELLS, MODES
 from rnnkern.bench.contenders import OURS, THEIRS
 from rnnkern.bench.report import Report
 from rnnkern.bench.result import Result
-from rnnkern.demo.errors import require
+from rnnkern.console.errors import require
 
 _COLORS = {"lstm": "#c8334a", "gru": "#2f6db5", "rnn": "#3d9a50"}
 _MARKERS = {"inference": "o", "training": "s"}

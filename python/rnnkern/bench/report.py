@@ -13,7 +13,7 @@ from rnnkern.bench.measure import Spread
 from rnnkern.bench.memory import Memory
 from rnnkern.bench.result import Result
 from rnnkern.bench.roofline import Roofline, Team
-from rnnkern.demo.errors import require
+from rnnkern.console.errors import require
 
 NONE = "n/a"
 

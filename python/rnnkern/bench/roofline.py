@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rnnkern._native import _cpu
-from rnnkern.demo.machine import available_memory
+from rnnkern.console.machine import available_memory
 
 _TRIES = 5
 _LONG_ENOUGH = 2e-3  # seconds of a measurement, against the clock's and the team's start

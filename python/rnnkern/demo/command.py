@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import rnnkern
-from rnnkern.demo import corpus, machine, model, report, train
-from rnnkern.demo.errors import CommandError, require
-from rnnkern.demo.files import check_writable, write
+from rnnkern.console import machine
+from rnnkern.console.errors import CommandError, require
+from rnnkern.console.files import check_writable, write
+from rnnkern.demo import corpus, model, report, train
 from rnnkern.demo.options import PICTURE, repeat
 
 _MOST_MEMORY = 2**40  # bytes, where the system does not tell how much is free

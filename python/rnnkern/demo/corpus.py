@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rnnkern.demo.errors import CommandError
-from rnnkern.demo.files import reason
+from rnnkern.console.errors import CommandError
+from rnnkern.console.files import reason
 
 UNKNOWN = 0
 HELD_OUT_SHARE = 20  # one part in so many

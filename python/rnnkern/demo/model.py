@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import rnnkern
+from rnnkern.console.errors import CommandError, require
+from rnnkern.console.files import reason, write
 from rnnkern.demo.corpus import UNKNOWN, Vocabulary
-from rnnkern.demo.errors import CommandError, require
-from rnnkern.demo.files import reason, write
 
 State = Tensor | tuple[Tensor, Tensor] | None
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rnnkern.demo.machine import cpu_count
+from rnnkern.console.options import add_threads, count, number, path
 from rnnkern.demo.model import CELLS
 
 PICTURE = Path("rnnkern-demo.png")
@@ -36,12 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="highest learning rate (default: %(default)s)",
     )
-    add(
-        "--threads",
-        type=count(max(16, 4 * cpu_count())),
-        metavar="N",
-        help="CPU threads (default: torch's own choice)",
-    )
+    add_threads(training)
     add(
         "--seed",
         type=number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1"),
@@ -84,35 +77,6 @@ def repeat(args: argparse.Namespace, threads: int) -> str:
         words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     words += ["--threads", str(threads)]
     return shlex.join(words + (["--text", str(args.text)] if args.text else []))
-
-
-def number(
-    convert: Callable[[str], Any], valid: Callable[[Any], bool], wanted: str
-) -> Callable[[str], Any]:
-    """Return an argparse type that takes valid numbers, and tells for others what was wanted."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = None
-        if value is None or not valid(value):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
-        return value
-
-    return parse
-
-
-def count(most: int) -> Callable[[str], Any]:
-    """Return an argparse type for a whole number from 1 to `most`."""
-    return number(int, lambda value: 1 <= value <= most, f"a whole number from 1 to {most:,}")
-
-
-def path(text: str) -> Path:
-    """Take a file's name, as an argparse type."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a file name")
-    return Path(text)
 
 
 _positive = number(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rnnkern.demo.errors import require
+from rnnkern.console.errors import require
 from rnnkern.demo.train import Comparison, Contender, compare, relative_difference, steady
 
 SAME_AT_START = 1e-3

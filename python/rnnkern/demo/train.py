@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
+from rnnkern.console.errors import CommandError
 from rnnkern.demo.corpus import UNKNOWN, Corpus, streams
-from rnnkern.demo.errors import CommandError
 from rnnkern.demo.model import CharModel, State, detached
 
 _LARGEST_ROUND = 10  # steps

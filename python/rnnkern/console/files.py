@@ -7,7 +7,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from rnnkern.demo.errors import CommandError
+from rnnkern.console.errors import CommandError
 
 
 def reason(error: Exception) -> str:
