@@ -20,6 +20,8 @@ void raise(Status status) {
     case Status::ok: return;
     case Status::out_of_memory: throw std::bad_alloc();  // MemoryError
     case Status::unknown_cell: throw py::value_error("cell: no such index in the registry");
+    case Status::unsupported_type:
+      throw py::value_error(std::string("bfloat16: not computed by the ISA ") + current_isa());
     case Status::device_error: break;  // of the CUDA backend only
     case Status::bad_problem: throw py::value_error("problem: sizes out of range for this cell");
   }
@@ -40,7 +42,7 @@ void forward(int cell, int threads, const py::tuple& seq, const py::tuple& sizes
 template <class T>
 void backward(int cell, int threads, const py::tuple& seq, const py::tuple& sizes,
               const py::tuple& directions) {
-  const BackwardProblem<T> p = backward_problem<T>(seq, sizes, directions);
+  const CpuBackwardProblem<T> p = backward_problem<T, Accumulator<T>>(seq, sizes, directions);
   Status status;
   {
     py::gil_scoped_release release;
@@ -86,9 +88,8 @@ void infer(int cell, int threads, int64_t T_, int64_t B, int64_t I, int64_t H, i
 template <class T>
 py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D,
               int64_t I, bool back) {
-  if (cell < 0 || cell >= cell_count()) raise(Status::unknown_cell);
   if (D < 1 || D > kMaxDirections) throw py::value_error("D: expected 1 or 2");
-  T some = 0;  // only whether there is a projection, or a gradient of the input, counts
+  T some{};  // only whether there is a projection, or a gradient of the input, counts
   const auto sized = [&](auto problem) {
     problem.seq.T = T_;
     problem.seq.B = B;
@@ -99,11 +100,11 @@ py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P
     if (P != H) problem.dir[0].W_hr = &some;
     return problem;
   };
-  BackwardProblem<T> backward{};
+  CpuBackwardProblem<T> backward{};
   backward.dinput = &some;
-  if (!valid_sizes(sized(backward), cell_info(cell).projects)) raise(Status::bad_problem);
-  const Plan chosen = back ? plan_backward<T>(cell, sized(backward), threads)
-                           : plan_forward<T>(cell, sized(ForwardProblem<T>{}), threads);
+  Plan chosen;
+  raise(back ? plan_backward<T>(cell, sized(backward), threads, chosen)
+             : plan_forward<T>(cell, sized(ForwardProblem<T>{}), threads, chosen));
   py::dict d;
   d["threads"] = chosen.threads();
   d["direction_groups"] = chosen.direction_groups;
@@ -155,6 +156,14 @@ void pin_isa(const std::string& name) {
   throw py::value_error(message);
 }
 
+template <class T>
+void define(py::module_& m, const std::string& type) {
+  m.def(("forward_" + type).c_str(), &forward<T>);
+  m.def(("backward_" + type).c_str(), &backward<T>);
+  m.def(("infer_" + type).c_str(), &infer<T>);
+  m.def(("plan_" + type).c_str(), &plan<T>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -164,14 +173,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &pin_isa);
   m.def("allow_oversubscription", &allow_oversubscription);
-  m.def("forward_float32", &forward<float>);
-  m.def("forward_float64", &forward<double>);
-  m.def("backward_float32", &backward<float>);
-  m.def("backward_float64", &backward<double>);
-  m.def("infer_float32", &infer<float>);
-  m.def("infer_float64", &infer<double>);
-  m.def("plan_float32", &plan<float>);
-  m.def("plan_float64", &plan<double>);
+  m.def("computes_bfloat16", &computes_bfloat16);
+  define<float>(m, "float32");
+  define<double>(m, "float64");
+  define<Bfloat16>(m, "bfloat16");
   m.def("roofline", &roofline);
   const char* isa = std::getenv("RNNKERN_ISA");
   if (isa && *isa) pin_isa(isa);

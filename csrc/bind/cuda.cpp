@@ -20,6 +20,7 @@ void raise(Status status) {
     case Status::out_of_memory: throw std::bad_alloc();
     case Status::unknown_cell: throw py::value_error("cell: no such index in the registry");
     case Status::bad_problem: throw py::value_error("problem: sizes out of range for this cell");
+    case Status::unsupported_type: break;  // of the CPU backend only
     case Status::device_error: throw std::runtime_error("CUDA: " + cuda_error());
   }
 }

@@ -97,8 +97,8 @@ BackwardProblem<T, A> backward_problem(const py::tuple& seq, const py::tuple& si
                 {pointer<A>(t[11]), pointer<A>(t[12])},
                 {pointer<T>(t[9]), pointer<T>(t[10])},
                 pointer<const T>(t[13]),
-                {pointer<T>(t[14]), pointer<T>(t[15]), pointer<T>(t[16]), pointer<T>(t[17]),
-                 pointer<T>(t[18])},
+                {pointer<A>(t[14]), pointer<A>(t[15]), pointer<A>(t[16]), pointer<A>(t[17]),
+                 pointer<A>(t[18])},
                 pointer<T>(t[19]),
                 pointer<T>(t[20]),
                 pointer<T>(t[21])};

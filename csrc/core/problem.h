@@ -104,7 +104,7 @@ struct BackwardDirection {
   T* dinitial[kMaxStates];      // dh0 [B,P], dc0 [B,H] out; on the CPU null: not asked for
   // On the CPU, which multiplies by the weights and sums over steps itself:
   const T* W;               // [G,H,I]
-  WeightGradients<T> sums;  // out
+  WeightGradients<A> sums;  // out
   // On CUDA, where the caller does that:
   T* dx;     // [N,G,H] out
   T* extra;  // [N,H] out (see Extra), or null
@@ -139,24 +139,24 @@ struct RowMap {
 };
 
 // out = aᵀ·data, or with `adds` out += aᵀ·data
-template <class T>
+template <class T, class A>
 struct OuterFactor {
   int64_t I;      // 0: none
   const T* data;  // rows of I, ld apart
   int64_t ld;
   RowMap rows;  // of data, that belong to those of a
-  T* out;       // [O,I]
+  A* out;       // [O,I]
 };
 
 // The products of one a with up to two factors, and the sum of its rows.
-template <class T>
+template <class T, class A>
 struct OuterProblem {
   int64_t N, O;
   const T* a;  // [N,O], rows lda apart
   int64_t lda;
   bool adds;
-  T* sum[2];  // [O], or null
-  OuterFactor<T> b[2];
+  A* sum[2];  // [O], or null
+  OuterFactor<T, A> b[2];
 };
 
 }  // namespace rnnkern

@@ -16,14 +16,14 @@ namespace {
 template <class Cell, class T>
 class BackwardLoop {
   static constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved, F = Cell::phases;
-  static constexpr int L = Pack<T>::lanes;
-  using P = Pack<T>;
+  using A = Accumulator<T>;
+  using P = Pack<A>;
 
  public:
-  // Lays the scratch out in `base`; null only measures it (see scratch_elements).
-  BackwardLoop(const BackwardProblem<T>& problem, int threads, T* base)
+  // Lays the scratch out in `base`; null only measures it (see scratch_bytes).
+  BackwardLoop(const CpuBackwardProblem<T>& problem, int threads, unsigned char* base)
       : p_(problem), projects_(problem.dir[0].W_hr) {
-    Carver<T> carver{base};
+    Carver carver{base};
     const int64_t H = p_.H, B = p_.seq.B;
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
@@ -33,20 +33,20 @@ class BackwardLoop {
       s.dr[0] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.dr[1] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.gradients = {p_, d, carver};
-      if (!projects_) s.dh_direct = Matrix<T>::carve(carver, B, H);
-      if (S == 2) s.dc = Matrix<T>::carve(carver, B, H);
+      if (!projects_) s.dh_direct = Matrix<A>::carve(carver, B, H);
+      if (S == 2) s.dc = Matrix<A>::carve(carver, B, H);
       if (F == 2) {
         s.dr_second = Matrix<T>::carve(carver, B, phase_gates<Cell, F - 1> * H);
-        s.dh = Matrix<T>::carve(carver, B, H);
+        s.dh = Matrix<A>::carve(carver, B, H);
       }
-      if (projects_) s.dh = Matrix<T>::carve(carver, B, p_.P);
+      if (projects_) s.dh_projected = Matrix<T>::carve(carver, B, p_.P);
     }
     thread_elements_ = Gradients<Cell, T>::scratch_elements(p_);
-    threads_scratch_ = carver.take(threads * thread_elements_);
-    scratch_elements_ = carver.used;
+    threads_scratch_ = carver.take<A>(threads * thread_elements_);
+    scratch_bytes_ = carver.used;
   }
 
-  int64_t scratch_elements() const { return scratch_elements_; }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
 
   Work work() const {
     const Direction& s = dir_[0];
@@ -73,7 +73,7 @@ class BackwardLoop {
     const Range mine = part(p_.D, place.direction_group, plan.direction_groups);
     for (int64_t d = mine.begin; d < mine.end; ++d) prepare(static_cast<int>(d), place);
     if (plan.threads() > 1) barriers[0].wait();
-    T* scratch = threads_scratch_ + rank * thread_elements_;
+    A* scratch = threads_scratch_ + rank * thread_elements_;
     for (int64_t d = mine.begin; d < mine.end; ++d) {
       time_loop(static_cast<int>(d), place, scratch,
                 place.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
@@ -91,9 +91,10 @@ class BackwardLoop {
     Weights<T, 1> first, second, projection;  // transposed
     Matrix<T> dr[2];                          // [B, gates of phase 0, H]
     Matrix<T> dr_second;                      // [B, gates of phase 1, H]
-    Matrix<T> dh_direct;  // [B,H] gradient of h' that does not come through a product
-    Matrix<T> dh;  // [B,H] gradient of h for the later phases, or [B,P] before the projection
-    Matrix<T> dc;  // [B,H]
+    Matrix<T> dh_projected;                   // [B,P] gradient of h, before the projection
+    Matrix<A> dh_direct;  // [B,H] gradient of h' that does not come through a product
+    Matrix<A> dh;         // [B,H] gradient of h, for phase 0 of a two-phase cell
+    Matrix<A> dc;         // [B,H]
   };
 
   struct Step {
@@ -102,13 +103,13 @@ class BackwardLoop {
     int slot;                   // where its dr is
   };
 
-  static Weights<T, 1> transposed(Carver<T>& carver, int64_t operand, int64_t units) {
-    return {operand, units, carver.take(Weights<T, 1>::size(operand, units))};
+  static Weights<T, 1> transposed(Carver& carver, int64_t operand, int64_t units) {
+    return {operand, units, carver.take<A>(Weights<T, 1>::size(operand, units))};
   }
 
   void prepare(int d, const Place& place) {
     Direction& s = dir_[d];
-    const BackwardDirection<T>& io = p_.dir[d];
+    const BackwardDirection<T, A>& io = p_.dir[d];
     const auto pack = [&](const Weights<T, 1>& w, const T* R, int64_t ldr) {
       const Range mine = part(w.blocks(w.N), place.index, place.count);
       w.pack_columns(R, ldr, mine.begin, mine.end);
@@ -132,7 +133,7 @@ class BackwardLoop {
 
   // Chunks of steps, each followed by its products. `all`: of the threads that share the direction;
   // `barrier`: of those that share its rows.
-  void time_loop(int d, const Place& place, T* scratch, Barrier* all, Barrier* barrier) {
+  void time_loop(int d, const Place& place, A* scratch, Barrier* all, Barrier* barrier) {
     const bool reverse = p_.dir[d].reverse;
     Gradients<Cell, T>& gradients = dir_[d].gradients;
     const int64_t T_ = p_.seq.T, chunk = gradients.steps();
@@ -156,7 +157,7 @@ class BackwardLoop {
 
   // Whether the state before the first step has a gradient to hand out.
   bool hands_out(int d) const {
-    const BackwardDirection<T>& io = p_.dir[d];
+    const BackwardDirection<T, A>& io = p_.dir[d];
     return io.dinitial[0] || io.dinitial[1] || io.dreset[0] || io.dreset[1];
   }
 
@@ -189,7 +190,7 @@ class BackwardLoop {
   void enter(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
     run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
-              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 P dh = P::load(r);
                 if (j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
                 dh = flow(d, 0, step, j, u, n, dh);
@@ -201,19 +202,19 @@ class BackwardLoop {
   void enter_projected(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
     run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
-              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 P dh = flow(d, 0, step, j, u, n, P::load(r));
                 if (j >= step.rows) return;
                 dh = dh + load_dy(d, step, j, u, n);
-                store(s.dh.row(j) + u, dh, n);
+                store(s.dh_projected.row(j) + u, dh, n);
                 store(s.gradients.dh(step.t, j) + u, dh, n);
               });
   }
 
   void unproject(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    run_stage(s.projection, s.dh, place, step.rows, maximum(step.rows, step.rows_prev),
-              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+    run_stage(s.projection, s.dh_projected, place, step.rows, maximum(step.rows, step.rows_prev),
+              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 const P dc = flow_c(d, step, j, u, n);
                 if (j < step.rows) last_phase(d, step, j, u, n, P::load(r), dc);
               });
@@ -221,30 +222,30 @@ class BackwardLoop {
 
   RNNKERN_INLINE P load_dy(int d, const Step& step, int64_t j, int64_t u, int n) {
     const T* dy = p_.dir[d].dy;
-    return dy ? load(dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, n) : P(T(0));
+    return dy ? load(dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, n) : P(A(0));
   }
 
   RNNKERN_INLINE P flow_c(int d, const Step& step, int64_t j, int64_t u, int n) {
-    if (S < 2) return P(T(0));
+    if (S < 2) return P(A(0));
     return flow(d, S - 1, step, j, u, n,
-                j < step.rows_prev ? load(dir_[d].dc.row(j) + u, n) : P(T(0)));
+                j < step.rows_prev ? load(dir_[d].dc.row(j) + u, n) : P(A(0)));
   }
 
   // Where the gradient of the state before step t_prev goes; returns what enters step t.
   RNNKERN_INLINE P flow(int d, int k, const Step& step, int64_t j, int64_t u, int n, P value) {
-    const BackwardDirection<T>& io = p_.dir[d];
+    const BackwardDirection<T, A>& io = p_.dir[d];
     const int64_t at = p_.seq.batch_row(j) * state_width(k) + u;
-    if (j >= step.rows_prev) return io.dfinal[k] ? load(io.dfinal[k] + at, n) : P(T(0));
+    if (j >= step.rows_prev) return io.dfinal[k] ? load(io.dfinal[k] + at, n) : P(A(0));
     const bool row_begins = j >= step.rows;  // step t_prev was its first in forward's order
     const int64_t boundary = row_begins ? 0 : maximum(step.t, step.t_prev);
     if (!(row_begins && io.reverse) && p_.seq.reset_at(boundary, j)) {
-      T* dreset = io.dreset[k];
+      A* dreset = io.dreset[k];
       if (dreset) store(dreset + at, load(dreset + at, n) + value, n);
-      return P(T(0));
+      return P(A(0));
     }
     if (!row_begins) return value;
     if (io.dinitial[k]) store(io.dinitial[k] + at, value, n);
-    return P(T(0));
+    return P(A(0));
   }
 
   RNNKERN_INLINE void last_phase(int d, const Step& step, int64_t j, int64_t u, int n, P dh, P dc) {
@@ -262,7 +263,7 @@ class BackwardLoop {
   void first_phase(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
     run_stage(s.second, s.dr_second, place, step.rows, step.rows,
-              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
                 unit.dnext[0] = load(s.dh.row(j) + u, n);
                 unit.dprev[0] = load(s.dh_direct.row(j) + u, n);
@@ -275,7 +276,7 @@ class BackwardLoop {
 
   RNNKERN_INLINE BackwardUnit<Cell, P> load_unit(int d, const Step& step, int64_t j, int64_t u,
                                                  int n) {
-    const BackwardDirection<T>& io = p_.dir[d];
+    const BackwardDirection<T, A>& io = p_.dir[d];
     const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
     BackwardUnit<Cell, P> unit;
     for (int g = 0; g < G; ++g) unit.gate[g] = load(io.gates + (row * p_.D * G + g) * H + u, n);
@@ -300,10 +301,10 @@ class BackwardLoop {
     if (S == 2) store(s.dc.row(j) + u, unit.dprev[S - 1], n);
   }
 
-  const BackwardProblem<T>& p_;
+  const CpuBackwardProblem<T>& p_;
   const bool projects_;
-  int64_t scratch_elements_ = 0, thread_elements_ = 0;
-  T* threads_scratch_ = nullptr;
+  int64_t scratch_bytes_ = 0, thread_elements_ = 0;
+  A* threads_scratch_ = nullptr;
   Direction dir_[kMaxDirections];
 };
 

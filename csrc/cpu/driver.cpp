@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "cells/registry.h"
 #include "cpu/kernels.h"
@@ -29,42 +30,53 @@ constexpr CellInfo cells[] = {
 };
 
 struct Isa {
+  const char* name;
   const IsaKernels* kernels;
+  const CellKernels<Bfloat16>* bfloat16;  // null: not computed in bfloat16
   bool (*runs_here)();
 };
 
-const Isa isas[] = {
-    {&baseline_kernels, [] { return true; }},
 #if defined(__x86_64__)
-    {&avx2_kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-    {&avx512_kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-     }},
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+}
+#endif
+
+const Isa isas[] = {
+    {"baseline", &baseline_kernels, nullptr, [] { return true; }},
+#if defined(__x86_64__)
+    {"avx2", &avx2_kernels, nullptr,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx512", &avx512_kernels, nullptr, has_avx512},
+    {"avx512_bf16", &avx512_kernels, avx512_bf16_cells,
+     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 };
 
-const IsaKernels* best_isa() {
-  const IsaKernels* best = nullptr;
+const Isa* best_isa() {
+  const Isa* best = nullptr;
   for (const Isa& isa : isas) {
-    if (isa.runs_here()) best = isa.kernels;
+    if (isa.runs_here()) best = &isa;
   }
   return best;
 }
 
-std::atomic<const IsaKernels*>& selected() {
-  static std::atomic<const IsaKernels*> isa{best_isa()};
+std::atomic<const Isa*>& selected() {
+  static std::atomic<const Isa*> isa{best_isa()};
   return isa;
 }
 
+// The cells of the selected ISA; null if it does not compute in this type.
 template <class T>
-const CellKernels<T>& kernels(int cell) {
-  const IsaKernels& isa = *selected().load();
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return isa.float32[cell];
+const CellKernels<T>* kernels() {
+  const Isa& isa = *selected().load();
+  if constexpr (std::is_same_v<T, Bfloat16>) {
+    return isa.bfloat16;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return isa.kernels->float32;
   } else {
-    return isa.float64[cell];
+    return isa.kernels->float64;
   }
 }
 
@@ -72,22 +84,20 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Scratch for one call, of at least one element, aligned to a cache line; null if there is no
+// Scratch for one call, of at least one byte, aligned to a cache line; null if there is no
 // memory.
-template <class T>
-std::unique_ptr<T, Free> allocate(int64_t elements) {
-  const int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  const int64_t rounded = (elements + line) / line * line;
-  const size_t bytes = static_cast<size_t>(rounded) * sizeof(T);
-  return std::unique_ptr<T, Free>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+std::unique_ptr<unsigned char, Free> allocate(int64_t bytes) {
+  const auto rounded = static_cast<size_t>((bytes + 64) / 64 * 64);
+  return std::unique_ptr<unsigned char, Free>(
+      static_cast<unsigned char*>(std::aligned_alloc(64, rounded)));
 }
 
-template <class Problem, class T>
+template <class Problem>
 struct Call {
-  const LoopKernel<Problem, T>& kernel;
+  const LoopKernel<Problem>& kernel;
   const Problem& problem;
   Plan plan;
-  T* scratch;
+  unsigned char* scratch;
   Barrier* barriers;
 
   static void body(int rank, int size, void* context) {
@@ -97,10 +107,10 @@ struct Call {
   }
 };
 
-template <class Problem, class T>
-Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int threads) {
+template <class Problem>
+Status run(const LoopKernel<Problem>& kernel, const Problem& problem, int threads) {
   const Plan plan = make_plan(kernel.work(problem), usable_threads(threads));
-  const auto scratch = allocate<T>(kernel.scratch_elements(problem, plan.threads()));
+  const auto scratch = allocate(kernel.scratch_bytes(problem, plan.threads()));
   const int first = 1 + plan.direction_groups;  // see Place for their order
   const int count = first + plan.direction_groups * plan.row_groups;
   const std::unique_ptr<Barrier[]> barriers(new (std::nothrow) Barrier[static_cast<size_t>(count)]);
@@ -108,13 +118,14 @@ Status run(const LoopKernel<Problem, T>& kernel, const Problem& problem, int thr
   barriers[0].set_members(plan.threads());
   for (int i = 1; i < count; ++i)
     barriers[i].set_members(plan.unit_groups * (i < first ? plan.row_groups : 1));
-  Call<Problem, T> call{kernel, problem, plan, scratch.get(), barriers.get()};
-  run_team(plan.threads(), Call<Problem, T>::body, &call);
+  Call<Problem> call{kernel, problem, plan, scratch.get(), barriers.get()};
+  run_team(plan.threads(), Call<Problem>::body, &call);
   return Status::ok;
 }
 
-template <class Problem>
+template <class T, class Problem>
 Status check(int cell, const Problem& p) {
+  if (!kernels<T>()) return Status::unsupported_type;
   if (cell < 0 || cell >= cell_count()) return Status::unknown_cell;
   return valid_sizes(p, cells[cell].projects) ? Status::ok : Status::bad_problem;
 }
@@ -126,17 +137,18 @@ CellInfo cell_info(int cell) { return cells[cell]; }
 
 const char* supported_isa(int index) {
   for (const Isa& isa : isas) {
-    if (isa.runs_here() && index-- == 0) return isa.kernels->name;
+    if (isa.runs_here() && index-- == 0) return isa.name;
   }
   return nullptr;
 }
 
 const char* current_isa() { return selected().load()->name; }
+bool computes_bfloat16() { return kernels<Bfloat16>(); }
 
 bool select_isa(const char* name) {
   for (const Isa& isa : isas) {
-    if (std::strcmp(isa.kernels->name, name) == 0 && isa.runs_here()) {
-      selected().store(isa.kernels);
+    if (std::strcmp(isa.name, name) == 0 && isa.runs_here()) {
+      selected().store(&isa);
       return true;
     }
   }
@@ -145,33 +157,40 @@ bool select_isa(const char* name) {
 
 template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads) {
-  const Status status = check(cell, problem);
-  return status == Status::ok ? run(kernels<T>(cell).forward, problem, threads) : status;
+  const Status status = check<T>(cell, problem);
+  return status == Status::ok ? run(kernels<T>()[cell].forward, problem, threads) : status;
 }
 
 template <class T>
-Status run_backward(int cell, const BackwardProblem<T>& problem, int threads) {
-  const Status status = check(cell, problem);
-  return status == Status::ok ? run(kernels<T>(cell).backward, problem, threads) : status;
+Status run_backward(int cell, const CpuBackwardProblem<T>& problem, int threads) {
+  const Status status = check<T>(cell, problem);
+  return status == Status::ok ? run(kernels<T>()[cell].backward, problem, threads) : status;
 }
 
 template <class T>
-Plan plan_forward(int cell, const ForwardProblem<T>& problem, int threads) {
-  return make_plan(kernels<T>(cell).forward.work(problem), usable_threads(threads));
+Status plan_forward(int cell, const ForwardProblem<T>& problem, int threads, Plan& plan) {
+  const Status status = check<T>(cell, problem);
+  if (status == Status::ok)
+    plan = make_plan(kernels<T>()[cell].forward.work(problem), usable_threads(threads));
+  return status;
 }
 
 template <class T>
-Plan plan_backward(int cell, const BackwardProblem<T>& problem, int threads) {
-  return make_plan(kernels<T>(cell).backward.work(problem), usable_threads(threads));
+Status plan_backward(int cell, const CpuBackwardProblem<T>& problem, int threads, Plan& plan) {
+  const Status status = check<T>(cell, problem);
+  if (status == Status::ok)
+    plan = make_plan(kernels<T>()[cell].backward.work(problem), usable_threads(threads));
+  return status;
 }
 
-template Status run_forward<float>(int, const ForwardProblem<float>&, int);
-template Status run_forward<double>(int, const ForwardProblem<double>&, int);
-template Status run_backward<float>(int, const BackwardProblem<float>&, int);
-template Status run_backward<double>(int, const BackwardProblem<double>&, int);
-template Plan plan_forward<float>(int, const ForwardProblem<float>&, int);
-template Plan plan_forward<double>(int, const ForwardProblem<double>&, int);
-template Plan plan_backward<float>(int, const BackwardProblem<float>&, int);
-template Plan plan_backward<double>(int, const BackwardProblem<double>&, int);
+#define RNNKERN_CPU_TYPE(T)                                                       \
+  template Status run_forward<T>(int, const ForwardProblem<T>&, int);             \
+  template Status run_backward<T>(int, const CpuBackwardProblem<T>&, int);        \
+  template Status plan_forward<T>(int, const ForwardProblem<T>&, int, Plan&);     \
+  template Status plan_backward<T>(int, const CpuBackwardProblem<T>&, int, Plan&);
+RNNKERN_CPU_TYPE(float)
+RNNKERN_CPU_TYPE(double)
+RNNKERN_CPU_TYPE(Bfloat16)
+#undef RNNKERN_CPU_TYPE
 
 }  // namespace rnnkern

@@ -4,6 +4,7 @@
 #include "core/cell.h"
 #include "core/problem.h"
 #include "core/status.h"
+#include "cpu/bfloat16.h"
 #include "cpu/plan.h"
 
 namespace rnnkern {
@@ -24,16 +25,19 @@ const char* supported_isa(int index);
 const char* current_isa();
 // False if the name is unknown or the CPU cannot run it; then nothing changes.
 bool select_isa(const char* name);
+// Whether the current ISA has kernels for bfloat16 data.
+bool computes_bfloat16();
 
+// T is float, double, or where computes_bfloat16() is true, Bfloat16.
 template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads);
 template <class T>
-Status run_backward(int cell, const BackwardProblem<T>& problem, int threads);
+Status run_backward(int cell, const CpuBackwardProblem<T>& problem, int threads);
 
 // The plan that run_forward and run_backward would choose.
 template <class T>
-Plan plan_forward(int cell, const ForwardProblem<T>& problem, int threads);
+Status plan_forward(int cell, const ForwardProblem<T>& problem, int threads, Plan& plan);
 template <class T>
-Plan plan_backward(int cell, const BackwardProblem<T>& problem, int threads);
+Status plan_backward(int cell, const CpuBackwardProblem<T>& problem, int threads, Plan& plan);
 
 }  // namespace rnnkern

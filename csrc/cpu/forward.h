@@ -17,32 +17,33 @@ template <class Cell, class T>
 class ForwardLoop {
   static_assert(Cell::phases <= 2, "the loop has room for two products");
   static constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved, F = Cell::phases;
-  static constexpr int L = Pack<T>::lanes;
-  using P = Pack<T>;
+  using A = Accumulator<T>;
+  using P = Pack<A>;
+  static constexpr int L = P::lanes;
 
  public:
-  // Lays the scratch out in `base`; null only measures it (see scratch_elements).
-  ForwardLoop(const ForwardProblem<T>& problem, int, T* base)
+  // Lays the scratch out in `base`; null only measures it (see scratch_bytes).
+  ForwardLoop(const ForwardProblem<T>& problem, int, unsigned char* base)
       : p_(problem), projects_(problem.dir[0].W_hr) {
-    Carver<T> carver{base};
+    Carver carver{base};
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
       s.input = {p_, d, carver};
       const auto place = [&](auto& w, int64_t K, int64_t N) {
-        w = {K, N, few_rows(p_.seq) ? nullptr : carver.take(w.size(K, N))};
+        w = {K, N, few_rows(p_.seq) ? nullptr : carver.take<A>(w.size(K, N))};
       };
       place(s.first, p_.P, p_.H);
       if constexpr (F == 2) place(s.second, p_.H, p_.H);
       if (projects_) place(s.projection, p_.H, p_.P);
       s.h[0] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
       s.h[1] = Matrix<T>::carve(carver, p_.seq.B, p_.P);
-      if (S == 2) s.c = Matrix<T>::carve(carver, p_.seq.B, p_.H);
+      if (S == 2) s.c = Matrix<A>::carve(carver, p_.seq.B, p_.H);
       if (F == 2 || projects_) s.operand = Matrix<T>::carve(carver, p_.seq.B, p_.H);
     }
-    scratch_elements_ = carver.used;
+    scratch_bytes_ = carver.used;
   }
 
-  int64_t scratch_elements() const { return scratch_elements_; }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
 
   Work work() const {
     const Direction& s = dir_[0];
@@ -83,7 +84,7 @@ class ForwardLoop {
     Weights<T, phase_gates<Cell, F - 1>> second;
     Weights<T, 1> projection;
     Matrix<T> h[2];     // [B,P] h' and the next h
-    Matrix<T> c;        // [B,H]
+    Matrix<A> c;        // [B,H]
     Matrix<T> operand;  // [B,H] q of a two-phase cell, or m before the projection
   };
 
@@ -118,22 +119,29 @@ class ForwardLoop {
     const bool runs = j < p_.seq.rows_at(0);
     const bool reset = runs && !io.reverse && p_.seq.reset_at(0, j);
     for (int k = 0; k < S; ++k) {
-      const int64_t width = state_width(k), bytes = width * static_cast<int64_t>(sizeof(T));
-      const T* from = (reset ? io.reset[k] : io.initial[k]);
-      T* to = k == 0 ? s.h[0].row(j) : s.c.row(j);
-      if (!runs) to = io.final[k] + b * width;
-      if (from) {
-        std::memcpy(to, from + b * width, static_cast<size_t>(bytes));
+      const int64_t width = state_width(k);
+      const T* from = reset ? io.reset[k] : io.initial[k];
+      if (from) from += b * width;
+      if (!runs) {
+        copy_row(from, io.final[k] + b * width, width);
+      } else if (k > 0) {
+        copy_row(from, s.c.row(j), width);
       } else {
-        std::memset(to, 0, static_cast<size_t>(bytes));
-      }
-      if (k > 0 || !runs) continue;
-      std::memcpy(s.h[1].row(j), to, static_cast<size_t>(bytes));
-      if (io.h_prev) {
+        copy_row(from, s.h[0].row(j), width);
+        copy_row(from, s.h[1].row(j), width);
         const int64_t t = io.reverse ? last_step(j) : 0;
-        std::memcpy(io.h_prev + p_.seq.data_row(p_.x_rows, t, j) * p_.P, to,
-                    static_cast<size_t>(bytes));
+        if (io.h_prev)
+          copy_row(from, io.h_prev + p_.seq.data_row(p_.x_rows, t, j) * p_.P, width);
       }
+    }
+  }
+
+  // A row of a state, converted if it is kept in another type; null: zero.
+  template <class To>
+  static void copy_row(const T* from, To* to, int64_t width) {
+    for (int64_t u = 0; u < width; u += L) {
+      const int n = static_cast<int>(minimum(width - u, L));
+      store(to + u, from ? load(from + u, n) : P(A(0)), n);
     }
   }
 
@@ -192,17 +200,21 @@ class ForwardLoop {
     const ForwardDirection<T>& io = p_.dir[d];
     const int64_t H = p_.H;
     const Matrix<T>& operand = phase_index == 0 ? s.h[step.slot] : s.operand;
-    const auto emit = [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+    const auto emit = [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
       const int64_t row = p_.seq.data_row(p_.x_rows, step.t, j);
       ForwardUnit<Cell, P> unit;
-      T* x = s.input.at(step.t, j) + u;
+      A* x = s.input.at(step.t, j) + u;
       for (int g = 0; g < g1; ++g) unit.gate[g] = load(x + g * H, n);
       for (int g = g0; g < g1; ++g) unit.r[g] = P::load(r + (g - g0) * L);
       if (!Cell::projects) unit.prev[0] = load(s.h[step.slot].row(j) + u, n);
       if (S == 2) unit.prev[S - 1] = load(s.c.row(j) + u, n);
       Cell::template forward<phase_index>(unit);
-      if (p_.training || !is_last) {
+      const bool in_place = std::is_same_v<T, A>;
+      if (!is_last || (in_place && p_.training)) {
         for (int g = g0; g < g1; ++g) store(x + g * H, unit.gate[g], n);
+      }
+      if (!in_place && p_.training) {
+        for (int g = g0; g < g1; ++g) store(io.x + (row * p_.D * G + g) * H + u, unit.gate[g], n);
       }
       if constexpr (!is_last) {
         store(s.operand.row(j) + u, unit.q, n);
@@ -219,7 +231,7 @@ class ForwardLoop {
       }
     };
     const auto fetch = [&](int64_t j, int64_t u, int64_t count) RNNKERN_LAMBDA {
-      const T* x = s.input.at(step.t, j) + u;
+      const A* x = s.input.at(step.t, j) + u;
       for (int g = g0; g < g1; ++g) prefetch(x + g * H, count);
     };
     if constexpr (phase_index == 0) {
@@ -231,7 +243,7 @@ class ForwardLoop {
 
   void project(int d, const Step& step, const Place& place) {
     run_stage(dir_[d].projection, dir_[d].operand, place, step.rows, step.rows,
-              [&](int64_t j, int64_t u, int n, const T* r) RNNKERN_LAMBDA {
+              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 put_state(d, 0, step, j, u, n, P::load(r));
               });
   }
@@ -249,7 +261,7 @@ class ForwardLoop {
     }
     if (p_.seq.reset_at(maximum(step.t, step.t_next), j)) {
       const T* reset = io.reset[k];
-      value = reset ? load(reset + p_.seq.batch_row(j) * width + u, n) : P(T(0));
+      value = reset ? load(reset + p_.seq.batch_row(j) * width + u, n) : P(A(0));
     }
     if (k == 0) {
       store(s.h[step.slot ^ 1].row(j) + u, value, n);
@@ -263,7 +275,7 @@ class ForwardLoop {
 
   const ForwardProblem<T>& p_;
   const bool projects_;
-  int64_t scratch_elements_ = 0;
+  int64_t scratch_bytes_ = 0;
   Direction dir_[kMaxDirections];
 };
 

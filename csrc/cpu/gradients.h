@@ -16,7 +16,9 @@ namespace {
 
 template <class Cell, class T>
 class Gradients {
-  static constexpr int G = Cell::gates, L = Pack<T>::lanes;
+  using A = Accumulator<T>;
+  using Factor = OuterFactor<T, A>;
+  static constexpr int G = Cell::gates, L = Pack<A>::lanes;
   // A chunk: rows enough to pay for going through the sums, few enough for the cache.
   static constexpr int64_t kChunkBytes = 512 << 10, kLeastRows = 128, kMostRows = 256;
   // More chunks than this are summed in pieces, so that the rounding error does not grow with their
@@ -25,26 +27,26 @@ class Gradients {
 
  public:
   Gradients() = default;
-  Gradients(const BackwardProblem<T>& p, int d, Carver<T>& carver) : p_(&p), io_(&p.dir[d]) {
+  Gradients(const CpuBackwardProblem<T>& p, int d, Carver& carver) : p_(&p), io_(&p.dir[d]) {
     const int64_t B = p.seq.B, bytes = G * p.H * static_cast<int64_t>(sizeof(T));
     steps_ = clamp(clamp(kChunkBytes / bytes, kLeastRows, kMostRows) / B, 1, p.seq.T);
     dx_ = Matrix<T>::carve(carver, steps_ * B, G * p.H);
     if (Cell::extra != Extra::none) extra_ = Matrix<T>::carve(carver, steps_ * B, p.H);
     if (io_->W_hr) dh_ = Matrix<T>::carve(carver, steps_ * B, p.P);
     if (p.dinput) {
-      W_ = {G * p.H, p.I, carver.take(Weights<T, 1>::size(G * p.H, p.I))};
-      dinput_ = d == 0 ? p.dinput : carver.take(p.seq.data_rows() * p.I);
+      W_ = {G * p.H, p.I, carver.take<A>(Weights<T, 1>::size(G * p.H, p.I))};
+      dinput_ = d == 0 ? p.dinput : carver.take<T>(p.seq.data_rows() * p.I);
     }
     sums_ = io_->sums;
     if (p.seq.T > kPiece * steps_) {
-      for_each_sum([&](T*& piece, T*, int64_t count) { piece = carver.take(count); });
+      for_each_sum([&](A*& piece, A*, int64_t count) { piece = carver.take<A>(count); });
     }
   }
 
   // Each thread's scratch for the sums.
-  static int64_t scratch_elements(const BackwardProblem<T>& p) {
+  static int64_t scratch_elements(const CpuBackwardProblem<T>& p) {
     const int64_t columns = Outer<T>::columns(p.I) + Outer<T>::columns(maximum(p.P, p.H));
-    return Carver<T>::round_up(Outer<T>::scratch_elements(columns));
+    return whole_lines<A>(Outer<T>::scratch_elements(columns));
   }
 
   int64_t steps() const { return steps_; }  // of a chunk
@@ -93,19 +95,19 @@ class Gradients {
   RNNKERN_INLINE T* dh(int64_t t, int64_t j) const { return dh_.row(local_row(t, j)); }
 
   // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
-  void close(int64_t index, const Place& place, T* scratch) {
+  void close(int64_t index, const Place& place, A* scratch) {
     if (p_->dinput) multiply(place);
     const bool adds = index % kPiece != 0;
     const int64_t H = p_->H, gates = G * H;
-    const WeightGradients<T>& s = sums_;
-    const OuterFactor<T> input{p_->I, p_->input, p_->I, rows_, s.dW};
-    const OuterFactor<T> state{p_->P, io_->h_prev, p_->P, rows_, s.dR};
-    const auto sum = [&](const Matrix<T>& a, Range columns, OuterFactor<T> b0, OuterFactor<T> b1,
-                         T* total, T* other) {
-      OuterProblem<T> p{
+    const WeightGradients<A>& s = sums_;
+    const Factor input{p_->I, p_->input, p_->I, rows_, s.dW};
+    const Factor state{p_->P, io_->h_prev, p_->P, rows_, s.dR};
+    const auto sum = [&](const Matrix<T>& a, Range columns, Factor b0, Factor b1, A* total,
+                         A* other) {
+      OuterProblem<T, A> p{
           count_,  columns.end - columns.begin, a.data + columns.begin, a.ld, adds, {total, other},
           {b0, b1}};
-      for (OuterFactor<T>& b : p.b) {
+      for (Factor& b : p.b) {
         if (!b.out) b.I = 0;
       }
       Outer<T>::run(p, scratch, place.index, place.count);
@@ -115,15 +117,15 @@ class Gradients {
                          : Cell::extra == Extra::operand ? Cell::first[Cell::phases - 1] * H
                                                          : gates;
     sum(dx_, {0, last}, input, state, s.db_ih, s.db_hh);
-    const auto from = [&](T* p, int64_t columns) { return p ? p + last * columns : nullptr; };
-    OuterFactor<T> last_input = input, last_state = state;
+    const auto from = [&](A* p, int64_t columns) { return p ? p + last * columns : nullptr; };
+    Factor last_input = input, last_state = state;
     last_input.out = from(s.dW, p_->I);
     last_state.out = from(s.dR, p_->P);
     if (Cell::extra == Extra::recurrent_gradient) {
       sum(dx_, {last, gates}, last_input, {}, from(s.db_ih, 1), nullptr);
       sum(extra_, {0, H}, last_state, {}, from(s.db_hh, 1), nullptr);
     } else if (Cell::extra == Extra::operand) {
-      const OuterFactor<T> operand{H, extra_.data, extra_.ld, {0, 1, 1, 0}, last_state.out};
+      const Factor operand{H, extra_.data, extra_.ld, {0, 1, 1, 0}, last_state.out};
       sum(dx_, {last, gates}, last_input, operand, from(s.db_ih, 1), from(s.db_hh, 1));
     } else if (Cell::extra == Extra::output && io_->W_hr) {
       sum(dh_, {0, p_->P}, {H, extra_.data, extra_.ld, {0, 1, 1, 0}, s.dW_hr}, {}, nullptr,
@@ -137,7 +139,7 @@ class Gradients {
     return chunks > kPiece && ((index + 1) % kPiece == 0 || index + 1 == chunks);
   }
   void add_piece(int64_t index, const Place& place) {
-    for_each_sum([&](T* piece, T* out, int64_t count) {
+    for_each_sum([&](A* piece, A* out, int64_t count) {
       const Range mine = part(count, place.index, place.count);
       for (int64_t i = mine.begin; i < mine.end; ++i)
         out[i] = index < kPiece ? piece[i] : out[i] + piece[i];
@@ -147,7 +149,10 @@ class Gradients {
   // Adds what the second direction gave for the input; by every thread of the team.
   void add_input(int rank, int size) const {
     const Range mine = part(p_->seq.data_rows() * p_->I, rank, size);
-    for (int64_t i = mine.begin; i < mine.end; ++i) p_->dinput[i] += dinput_[i];
+    for (int64_t i = mine.begin; i < mine.end; i += L) {
+      const int n = static_cast<int>(minimum(mine.end - i, L));
+      store(p_->dinput + i, load(p_->dinput + i, n) + load(dinput_ + i, n), n);
+    }
   }
 
  private:
@@ -164,9 +169,9 @@ class Gradients {
     run_product(
         W_, dx_.row(rows.begin), dx_.ld, n, n,
         split_rows ? all : part(blocks, place.index, place.count),
-        [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
+        [&](int64_t m, int64_t u, int lanes, const A* r) RNNKERN_LAMBDA {
           T* to = dinput_ + rows_.at(rows.begin + m) * p_->I + u;
-          store(to, Pack<T>::load(r), lanes);
+          store(to, Pack<A>::load(r), lanes);
         },
         FetchNothing{});
   }
@@ -176,7 +181,7 @@ class Gradients {
   template <class Visit>
   void for_each_sum(Visit&& visit) {
     const int64_t gates = G * p_->H;
-    const WeightGradients<T>& out = io_->sums;
+    const WeightGradients<A>& out = io_->sums;
     if (out.dW) visit(sums_.dW, out.dW, gates * p_->I);
     if (out.dR) visit(sums_.dR, out.dR, gates * p_->P);
     if (out.db_ih) visit(sums_.db_ih, out.db_ih, gates);
@@ -184,12 +189,12 @@ class Gradients {
     if (out.dW_hr) visit(sums_.dW_hr, out.dW_hr, p_->P * p_->H);
   }
 
-  const BackwardProblem<T>* p_ = nullptr;
-  const BackwardDirection<T>* io_ = nullptr;
+  const CpuBackwardProblem<T>* p_ = nullptr;
+  const BackwardDirection<T, A>* io_ = nullptr;
   Weights<T, 1> W_;            // transposed
   Matrix<T> dx_, extra_, dh_;  // [rows of a chunk, G·H], [.., H], [.., P]
   T* dinput_ = nullptr;
-  WeightGradients<T> sums_{};  // of the present piece
+  WeightGradients<A> sums_{};  // of the present piece
   Rows local_{};               // rows of the chunk's buffers, from first_ on
   RowMap rows_{};              // where the chunk's rows are among all data
   int64_t first_ = 0, count_ = 0, steps_ = 0;

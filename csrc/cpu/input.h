@@ -1,6 +1,9 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
-// reads a chunk while it is still in cache, and in inference nothing of x outlives its chunk.
+// reads a chunk while it is still in cache. Training overwrites x with the activated gates, which it
+// keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its chunk.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/loop.h"
 
@@ -9,6 +12,7 @@ namespace {
 
 template <class T, int G>
 class InputProduct {
+  using A = Accumulator<T>;
   using W = Weights<T, G>;
   // A chunk of x: what stays in cache beside the weights, but rows enough to pay for reading W
   // again.
@@ -16,25 +20,26 @@ class InputProduct {
 
  public:
   InputProduct() = default;
-  InputProduct(const ForwardProblem<T>& p, int d, Carver<T>& carver) : p_(&p), io_(&p.dir[d]) {
-    const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(T));
+  InputProduct(const ForwardProblem<T>& p, int d, Carver& carver) : p_(&p), io_(&p.dir[d]) {
+    const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(A));
     steps_ = clamp(maximum(kChunkBytes / bytes, kLeastRows) / p.seq.B, 1, p.seq.T);
-    w_ = {p.I, p.H, few_rows(p.seq) ? nullptr : carver.take(W::size(p.I, p.H))};
+    w_ = {p.I, p.H, few_rows(p.seq) ? nullptr : carver.take<A>(W::size(p.I, p.H))};
     rows_ = p.x_rows;
-    if (p.training) {
+    if constexpr (std::is_same_v<T, A>) in_place_ = p.training;
+    if (in_place_) {
       ld_ = p.D * G * p.H;
-      x_ = io_->x;
+      if constexpr (std::is_same_v<T, A>) x_ = io_->x;
     } else {
       if (batch_major()) rows_.stride_b = steps_;
-      ld_ = Carver<T>::round_up(G * p.H);
-      x_ = carver.take(steps_ * p.seq.B * ld_);
+      ld_ = whole_lines<A>(G * p.H);
+      x_ = carver.take<A>(steps_ * p.seq.B * ld_);
     }
   }
 
   int64_t steps() const { return steps_; }  // of a chunk
 
   // Row j of x at step t of the chunk that was computed last: G gates, H elements apart.
-  RNNKERN_INLINE T* at(int64_t t, int64_t j) const {
+  RNNKERN_INLINE A* at(int64_t t, int64_t j) const {
     return x_ + (p_->seq.data_row(rows_, t, j) - first_) * ld_;
   }
 
@@ -48,20 +53,20 @@ class InputProduct {
   void run(int64_t begin, int64_t end, const Place& place) {
     const Sequence& seq = p_->seq;
     const int64_t start = seq.offset ? seq.offset[begin] : begin * rows_.stride_t;
-    if (!p_->training) first_ = start;
+    if (!in_place_) first_ = start;
     const int64_t blocks = W::blocks(p_->H);
     const bool split_units = blocks >= place.count;
     const Range mine = split_units ? part(blocks, place.index, place.count) : Range{0, blocks};
-    const auto multiply = [&](Range units, int64_t row, int64_t count, T* x) {
+    const auto multiply = [&](Range units, int64_t row, int64_t count, A* x) {
       const Range rows = split_units ? Range{0, count} : part(count, place.index, place.count);
       const int64_t n = rows.end - rows.begin;
       x += rows.begin * ld_;
       run_product(
           w_, p_->input + (row + rows.begin) * p_->I, p_->I, n, n, units,
-          [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
-            T* to = x + m * ld_ + u;
+          [&](int64_t m, int64_t u, int lanes, const A* r) RNNKERN_LAMBDA {
+            A* to = x + m * ld_ + u;
             for (int g = 0; g < G; ++g)
-              store(to + g * p_->H, Pack<T>::load(r + g * Pack<T>::lanes), lanes);
+              store(to + g * p_->H, Pack<A>::load(r + g * Pack<A>::lanes), lanes);
           },
           FetchNothing{});
     };
@@ -69,7 +74,7 @@ class InputProduct {
       const Range units{block, minimum(block + W::NU, mine.end)};
       if (batch_major()) {
         for (int64_t b = 0; b < seq.B; ++b) {
-          T* x = x_ + (b * rows_.stride_b + begin - first_) * ld_;
+          A* x = x_ + (b * rows_.stride_b + begin - first_) * ld_;
           multiply(units, b * p_->x_rows.stride_b + begin, end - begin, x);
         }
       } else {
@@ -88,7 +93,8 @@ class InputProduct {
   const ForwardDirection<T>* io_ = nullptr;
   W w_;
   Rows rows_{};  // of x, as stored
-  T* x_ = nullptr;
+  A* x_ = nullptr;
+  bool in_place_ = false;  // x_ is the problem's x
   int64_t ld_ = 0, first_ = 0, steps_ = 0;
 };
 

@@ -10,12 +10,12 @@
 namespace rnnkern {
 namespace {
 
-template <class Loop, class Problem, class T>
-constexpr LoopKernel<Problem, T> loop_kernel() {
+template <class Loop, class Problem>
+constexpr LoopKernel<Problem> loop_kernel() {
   return {
-      [](const Problem& p, int threads) { return Loop(p, threads, nullptr).scratch_elements(); },
+      [](const Problem& p, int threads) { return Loop(p, threads, nullptr).scratch_bytes(); },
       [](const Problem& p) { return Loop(p, 1, nullptr).work(); },
-      [](const Problem& p, const Plan& plan, T* scratch, Barrier* barriers, int rank) {
+      [](const Problem& p, const Plan& plan, unsigned char* scratch, Barrier* barriers, int rank) {
         Loop(p, plan.threads(), scratch).run(plan, barriers, rank);
       },
   };
@@ -23,8 +23,8 @@ constexpr LoopKernel<Problem, T> loop_kernel() {
 
 template <class Cell, class T>
 constexpr CellKernels<T> cell_kernels() {
-  return {loop_kernel<ForwardLoop<Cell, T>, ForwardProblem<T>, T>(),
-          loop_kernel<BackwardLoop<Cell, T>, BackwardProblem<T>, T>()};
+  return {loop_kernel<ForwardLoop<Cell, T>, ForwardProblem<T>>(),
+          loop_kernel<BackwardLoop<Cell, T>, CpuBackwardProblem<T>>()};
 }
 
 template <class T>

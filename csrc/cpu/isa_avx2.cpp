@@ -3,6 +3,6 @@
 #include "cpu/roofline_loops.h"
 
 namespace rnnkern {
-const IsaKernels avx2_kernels = {"avx2", all_cells<float>, all_cells<double>};
+const IsaKernels avx2_kernels = {all_cells<float>, all_cells<double>};
 const RooflineLoops avx2_roofline = roofline_loops("avx2");
 }  // namespace rnnkern

@@ -3,6 +3,6 @@
 #include "cpu/roofline_loops.h"
 
 namespace rnnkern {
-const IsaKernels avx512_kernels = {"avx512", all_cells<float>, all_cells<double>};
+const IsaKernels avx512_kernels = {all_cells<float>, all_cells<double>};
 const RooflineLoops avx512_roofline = roofline_loops("avx512");
 }  // namespace rnnkern

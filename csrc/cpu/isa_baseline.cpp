@@ -3,6 +3,6 @@
 #include "cpu/roofline_loops.h"
 
 namespace rnnkern {
-const IsaKernels baseline_kernels = {"baseline", all_cells<float>, all_cells<double>};
+const IsaKernels baseline_kernels = {all_cells<float>, all_cells<double>};
 const RooflineLoops baseline_roofline = roofline_loops("baseline");
 }  // namespace rnnkern

@@ -11,19 +11,23 @@
 namespace rnnkern {
 namespace {
 
+// n elements, rounded up to whole cache lines.
+template <class T>
+int64_t whole_lines(int64_t n) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  return (n + line - 1) / line * line;
+}
+
 // Cuts one allocation into arrays. Without memory it only counts, so that the same code first
 // measures and then places.
-template <class T>
 struct Carver {
-  T* base;
-  int64_t used = 0;
+  unsigned char* base;
+  int64_t used = 0;  // bytes
 
-  static constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  static int64_t round_up(int64_t n) { return (n + line - 1) / line * line; }
-
+  template <class T>
   T* take(int64_t n) {
-    T* p = base ? base + used : nullptr;
-    used += round_up(n);
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += whole_lines<T>(n) * static_cast<int64_t>(sizeof(T));
     return p;
   }
 };
@@ -34,10 +38,10 @@ struct Matrix {
   T* data = nullptr;
   int64_t ld = 0;
 
-  static Matrix carve(Carver<T>& carver, int64_t rows, int64_t width) {
+  static Matrix carve(Carver& carver, int64_t rows, int64_t width) {
     Matrix m;
-    m.ld = Carver<T>::round_up(width);
-    m.data = carver.take(rows * m.ld);
+    m.ld = whole_lines<T>(width);
+    m.data = carver.take<T>(rows * m.ld);
     return m;
   }
   T* row(int64_t j) const { return data + j * ld; }
@@ -77,7 +81,7 @@ RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand,
   run_product(
       w, operand.row(place.row_group), operand.ld * place.row_groups, place.rows(product_rows),
       place.rows(rows), mine,
-      [&](int64_t m, int64_t u, int lanes, const T* r) RNNKERN_LAMBDA {
+      [&](int64_t m, int64_t u, int lanes, const Accumulator<T>* r) RNNKERN_LAMBDA {
         emit(place.sorted_row(m), u, lanes, r);
       },
       [&](int64_t m, int64_t u, int64_t count)

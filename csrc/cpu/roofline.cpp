@@ -21,6 +21,7 @@ const RooflineLoops* const all_loops[] = {
 #if defined(__x86_64__)
     &avx2_roofline,
     &avx512_roofline,
+    &avx512_bf16_roofline,
 #endif
 };
 
@@ -93,12 +94,7 @@ struct Run {
 }  // namespace
 
 bool has_quantity(Quantity quantity) {
-  if (quantity != Quantity::bf16) return true;
-#if defined(__x86_64__)
-  return selected_loops()->bf16 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
+  return quantity != Quantity::bf16 || selected_loops()->bf16;
 }
 
 Status measure(Quantity quantity, int threads, int64_t bytes, int64_t repeats, Measured& result) {

@@ -24,6 +24,7 @@ extern const RooflineLoops baseline_roofline;
 #if defined(__x86_64__)
 extern const RooflineLoops avx2_roofline;
 extern const RooflineLoops avx512_roofline;
+extern const RooflineLoops avx512_bf16_roofline;
 #endif
 
 enum class Quantity { fma, bf16, read, barrier };

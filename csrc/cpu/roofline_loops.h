@@ -51,9 +51,8 @@ float roofline_read(const float* data, int64_t n, int64_t repeats) {
   return sum(sums, kSums);
 }
 
-#if defined(__AVX512F__)
-// Only called where the CPU has the instruction (see has_quantity).
-__attribute__((target("avx512bf16"))) float roofline_bf16(int64_t repeats) {
+#if defined(__AVX512BF16__)
+float roofline_bf16(int64_t repeats) {
   __m512 chain[kChains];
   for (int i = 0; i < kChains; ++i) chain[i] = _mm512_set1_ps(static_cast<float>(i));
   const __m512i small = _mm512_set1_epi16(0x3000);  // 2^-31 in bfloat16: the sums stay finite

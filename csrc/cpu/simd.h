@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/bfloat16.h"
+
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -138,6 +140,84 @@ RNNKERN_INLINE void store(T* p, Pack<T> a, int n) {
     store_partial(p, a, n);
   }
 }
+
+// The factors of a product, a register of them at a time, held as a Pack of the type that products
+// are summed in. Of float and double a lane holds one; of bfloat16 it holds two neighbours in k, and
+// takes both products at once.
+template <class T>
+struct Factors {
+  using P = Pack<T>;
+  static constexpr int depth = 1;  // factors a lane
+
+  // n <= lanes · depth of them, side by side; the others are zero.
+  RNNKERN_INLINE static P load(const T* p, int n) { return rnnkern::load(p, n); }
+  // The same in every lane: p[0 .. depth), or only p[0].
+  RNNKERN_INLINE static P spread(const T* p) { return P(*p); }
+  RNNKERN_INLINE static P spread_one(const T* p) { return P(*p); }
+  // n <= lanes of them from each of `depth` rows; `second` may be null: zero.
+  RNNKERN_INLINE static P join(const T* first, const T*, int n) { return rnnkern::load(first, n); }
+  RNNKERN_INLINE static P dot(P a, P b, P c) { return fma(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+// n <= 16 values in the lower halves of lanes; the others are zero.
+RNNKERN_INLINE Pack<float>::RawInt load_bits(const Bfloat16* p, int n) {
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  const __m256i bits = n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                               : _mm256_maskz_loadu_epi16(mask, p);
+  return reinterpret_cast<Pack<float>::RawInt>(_mm512_maskz_cvtepu16_epi32(0xffff, bits));
+}
+
+// n <= 16 values as float; the others are zero.
+RNNKERN_INLINE Pack<float> load(const Bfloat16* p, int n) {
+  return Pack<float>(reinterpret_cast<Pack<float>::Raw>(load_bits(p, n) << 16));
+}
+
+// Rounded to the nearest, ties to even; subnormal values become zero.
+RNNKERN_INLINE void store(Bfloat16* p, Pack<float> a, int n) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
+  __m256i bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  if (n == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits);
+  }
+}
+
+template <>
+struct Factors<Bfloat16> {
+  using P = Pack<float>;
+  static constexpr int depth = 2;
+
+  RNNKERN_INLINE static P load(const Bfloat16* p, int n) {
+    const auto mask = n == 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1);
+    return as_pack(n == 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(mask, p));
+  }
+  RNNKERN_INLINE static P spread(const Bfloat16* p) {
+    int32_t both;
+    std::memcpy(&both, p, sizeof(both));
+    return as_pack(_mm512_set1_epi32(both));
+  }
+  RNNKERN_INLINE static P spread_one(const Bfloat16* p) {
+    return as_pack(_mm512_set1_epi32(p->bits));
+  }
+  RNNKERN_INLINE static P join(const Bfloat16* first, const Bfloat16* second, int n) {
+    const P::RawInt lower = load_bits(first, n);
+    const P::RawInt both = second ? lower | load_bits(second, n) << 16 : lower;
+    return P(reinterpret_cast<P::Raw>(both));
+  }
+  RNNKERN_INLINE static P dot(P a, P b, P c) {
+    __m512bh x, y;
+    std::memcpy(&x, &a.v, sizeof(x));
+    std::memcpy(&y, &b.v, sizeof(y));
+    return P(_mm512_dpbf16_ps(c.v, x, y));
+  }
+
+ private:
+  RNNKERN_INLINE static P as_pack(__m512i bits) { return P(_mm512_castsi512_ps(bits)); }
+};
+#endif
 
 // Interleave<L>::run takes lanes of a and b in turn, of their lower or of their upper halves:
 // a0 b0 a1 b1 ..

@@ -62,5 +62,6 @@ Status run_stack(int cell, const StackProblem<T>& s, int threads) {
 
 template Status run_stack<float>(int, const StackProblem<float>&, int);
 template Status run_stack<double>(int, const StackProblem<double>&, int);
+template Status run_stack<Bfloat16>(int, const StackProblem<Bfloat16>&, int);
 
 }  // namespace rnnkern

@@ -9,7 +9,7 @@
 //   k = 0 [ L lanes | L lanes | .. ]
 //   k = 1 [ ..
 //
-// so every gate of a unit ends in the same lane. Units beyond the last are zero.
+// (of bfloat16, a row for two neighbouring k, side by side in each lane) so every gate of a unit ends in the same lane. Units beyond the last are zero.
 //
 // Tile. MR operand rows × NU neighbouring blocks with all their gates; NU is chosen so that a tile
 // has 3 or 4 registers a row whatever the cell, MR is what the register file holds. Every output
@@ -28,39 +28,46 @@ constexpr int64_t kChain = 128;
 
 // The product of MR rows and NU blocks, `stride` apart: out[MR][NU][NG][L].
 template <class T, int MR, int NU, int NG>
-void multiply_tile(const T* a, int64_t lda, const T* w, int64_t stride, int64_t K, T* out) {
-  constexpr int L = Pack<T>::lanes, NV = NU * NG;
-  const T* bias = w;
+void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t stride, int64_t K,
+                   Accumulator<T>* out) {
+  using A = Accumulator<T>;
+  using F = Factors<T>;
+  constexpr int L = Pack<A>::lanes, NV = NU * NG;
+  const A* bias = w;
   w += NG * L;
   int64_t k = 0;
   do {
-    Pack<T> acc[MR][NV];
+    Pack<A> acc[MR][NV];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) {
-        const T* b = bias + n / NG * stride + n % NG * L;
-        acc[m][n] = k == 0 ? Pack<T>::load(b) : Pack<T>(T(0));
+        const A* b = bias + n / NG * stride + n % NG * L;
+        acc[m][n] = k == 0 ? Pack<A>::load(b) : Pack<A>(A(0));
       }
     }
-    const int64_t first = k, end = minimum(K, k + kChain);
-    for (; k < end; ++k, w += NG * L) {
-      Pack<T> row[NV];
+    const auto step = [&](auto&& spread) RNNKERN_LAMBDA {
+      Pack<A> row[NV];
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) row[n] = Pack<T>::load(w + n / NG * stride + n % NG * L);
+      for (int n = 0; n < NV; ++n) row[n] = Pack<A>::load(w + n / NG * stride + n % NG * L);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const Pack<T> b(a[m * lda + k]);
+        const Pack<A> b = spread(a + m * lda + k);
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[m][n] = fma(b, row[n], acc[m][n]);
+        for (int n = 0; n < NV; ++n) acc[m][n] = F::dot(b, row[n], acc[m][n]);
       }
-    }
+      w += NG * L;
+      k += F::depth;
+    };
+    const int64_t first = k, end = minimum(K, k + kChain), whole = end - end % F::depth;
+    while (k < whole) step([](const T* p) RNNKERN_LAMBDA { return F::spread(p); });
+    if (k < end) step([](const T* p) RNNKERN_LAMBDA { return F::spread_one(p); });
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) {
-        T* sum = out + (m * NV + n) * L;
-        (first == 0 ? acc[m][n] : Pack<T>::load(sum) + acc[m][n]).store(sum);
+        A* sum = out + (m * NV + n) * L;
+        (first == 0 ? acc[m][n] : Pack<A>::load(sum) + acc[m][n]).store(sum);
       }
     }
   } while (k < K);
@@ -73,20 +80,23 @@ struct Count {
 
 template <class T, int NG>
 struct Weights {
-  static constexpr int L = Pack<T>::lanes;
+  using A = Accumulator<T>;
+  using F = Factors<T>;
+  static constexpr int L = Pack<A>::lanes;
   static constexpr int NU = NG >= 3 ? 1 : 4 / NG;
   static constexpr int MR = kRegisters == 32 ? (NG == 3 ? 8 : 6) : (NG == 3 ? 4 : 3);
 
   int64_t K = 0, N = 0;     // operand elements, units
-  T* data = nullptr;        // [blocks][1 + K][NG][L]; null: not packed
+  A* data = nullptr;        // [blocks][1 + rows of K][NG][L]; null: not packed
   const T* rows = nullptr;  // [NG,N,K], rows ld apart, where the weights are not packed
   int64_t ld = 0;
   const T* bias = nullptr;  // [NG,N], or null
 
   static int64_t blocks(int64_t N) { return (N + L - 1) / L; }
-  static int64_t block_size(int64_t K) { return (1 + K) * NG * L; }
+  static int64_t packed_rows(int64_t K) { return (K + F::depth - 1) / F::depth; }
+  static int64_t block_size(int64_t K) { return (1 + packed_rows(K)) * NG * L; }
   static int64_t size(int64_t K, int64_t N) { return blocks(N) * block_size(K); }
-  T* block(int64_t index) const { return data + index * block_size(K); }
+  A* block(int64_t index) const { return data + index * block_size(K); }
 
   // Unit n of gate g is row g·N + n of R, operand element k its column: packs the blocks in `mine`,
   // or where there is no room for that, lets every product read R itself.
@@ -102,58 +112,46 @@ struct Weights {
       const int64_t lanes = minimum(N - i * L, L);
       for (int g = 0; g < NG; ++g) {
         const int64_t r0 = g * N + i * L;
-        T* out = block(i) + g * L;
-        for (int l = 0; l < L; ++l) out[l] = b && l < lanes ? b[r0 + l] : T(0);
-        for (int64_t k = 0; k < K; k += L) {
-          Pack<T> square[L];
-          load_square(R + r0 * ldr + k, ldr, lanes, minimum(L, K - k), square);
+        A* out = block(i) + g * L;
+        bias_of(b, r0, static_cast<int>(lanes)).store(out);
+        for (int64_t k = 0; k < K; k += kSquare) {
+          const int64_t columns = minimum(kSquare, K - k);
+          Pack<A> square[L];
+          load_square(R + r0 * ldr + k, ldr, lanes, columns, square);
           transpose(square);
-          for (int64_t l = 0; l < minimum(L, K - k); ++l)
-            square[l].store(out + (1 + k + l) * NG * L);
+          for (int64_t l = 0; l < packed_rows(columns); ++l)
+            square[l].store(out + (1 + k / F::depth + l) * NG * L);
         }
-      }
-    }
-  }
-
-  // rows × columns of a matrix as registers; zero beyond.
-  static void load_square(const T* in, int64_t ld, int64_t rows, int64_t columns,
-                          Pack<T> (&square)[L]) {
-#pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) {
-      if (l < rows) {
-        square[l] = load(in + l * ld, static_cast<int>(columns));
-        __builtin_prefetch(in + l * ld + 128);
-      } else {
-        square[l] = Pack<T>(T(0));
       }
     }
   }
 
   // The same product without packing: L rows of the weights at a time, each times the operand.
   void multiply_unpacked(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count,
-                         T* out) const {
+                         A* out) const {
     for (int64_t v = 0; v < count * NG; ++v) {
       const int64_t n0 = (first + v / NG) * L, r0 = v % NG * N + n0;
       const int lanes = static_cast<int>(minimum(N - n0, L));
-      const Pack<T> b = bias ? load(bias + r0, lanes) : Pack<T>(T(0));
+      const Pack<A> b = bias_of(bias, r0, lanes);
       const T* w = rows + r0 * ld;
       for (int64_t j = 0; j < m; ++j) {
-        Pack<T> acc[L];
+        Pack<A> acc[L];
 #pragma GCC unroll 16
-        for (int l = 0; l < L; ++l) acc[l] = Pack<T>(T(0));
+        for (int l = 0; l < L; ++l) acc[l] = Pack<A>(A(0));
         int64_t k = 0;
-        for (; lanes == L && k + L <= K; k += L) {
-          const Pack<T> operand = Pack<T>::load(a + j * lda + k);
+        for (; lanes == L && k + kSquare <= K; k += kSquare) {
+          const Pack<A> operand = F::load(a + j * lda + k, kSquare);
 #pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) acc[l] = fma(Pack<T>::load(w + l * ld + k), operand, acc[l]);
+          for (int l = 0; l < L; ++l)
+            acc[l] = F::dot(F::load(w + l * ld + k, kSquare), operand, acc[l]);
         }
-        for (; k < K; k += L) {
-          const int columns = static_cast<int>(minimum(L, K - k));
-          const Pack<T> operand = load(a + j * lda + k, columns);
-          Pack<T> square[L];
+        for (; k < K; k += kSquare) {
+          const int columns = static_cast<int>(minimum(kSquare, K - k));
+          const Pack<A> operand = F::load(a + j * lda + k, columns);
+          Pack<A> square[L];
           load_square(w + k, ld, lanes, columns, square);
 #pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) acc[l] = fma(square[l], operand, acc[l]);
+          for (int l = 0; l < L; ++l) acc[l] = F::dot(square[l], operand, acc[l]);
         }
         (sums(acc) + b).store(out + (j * count * NG + v) * L);
       }
@@ -166,14 +164,18 @@ struct Weights {
     static_assert(NG == 1, "a transposed product has one output a unit");
     for (int64_t i = begin; i < end; ++i) {
       const int lanes = static_cast<int>(minimum(N - i * L, L));
-      T* out = block(i);
-      Pack<T>(T(0)).store(out);
-      for (int64_t k = 0; k < K; ++k) load(R + k * ldr + i * L, lanes).store(out + (1 + k) * L);
+      A* out = block(i);
+      Pack<A>(A(0)).store(out);
+      for (int64_t k = 0; k < K; k += F::depth) {
+        const T* row = R + k * ldr + i * L;
+        out += L;
+        F::join(row, k + 1 < K ? row + ldr : nullptr, lanes).store(out);
+      }
     }
   }
 
   // m rows × `count` blocks from `first` on: out[m][count][NG][L], m <= MR, count <= NU.
-  void multiply(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count, T* out) const {
+  void multiply(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count, A* out) const {
     if (!data) return multiply_unpacked(a, lda, m, first, count, out);
     if constexpr (NU == 4) {
       if (count == 3) return multiply_packed<3>(a, lda, m, first, out);
@@ -186,8 +188,28 @@ struct Weights {
   }
 
  private:
+  static constexpr int kSquare = L * F::depth;  // columns of the matrix in a register
+
+  static Pack<A> bias_of(const T* b, int64_t r0, int lanes) {
+    return b ? load(b + r0, lanes) : Pack<A>(A(0));
+  }
+
+  // rows × columns of a matrix as registers; zero beyond.
+  static void load_square(const T* in, int64_t ld, int64_t rows, int64_t columns,
+                          Pack<A> (&square)[L]) {
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      if (l < rows) {
+        square[l] = F::load(in + l * ld, static_cast<int>(columns));
+        __builtin_prefetch(in + l * ld + 128);
+      } else {
+        square[l] = Pack<A>(A(0));
+      }
+    }
+  }
+
   template <int count>
-  void multiply_packed(const T* a, int64_t lda, int64_t m, int64_t first, T* out) const {
+  void multiply_packed(const T* a, int64_t lda, int64_t m, int64_t first, A* out) const {
     const auto tile = [&](auto rows_of_tile) {
       multiply_tile<T, decltype(rows_of_tile)::value, count, NG>(a, lda, block(first),
                                                                  block_size(K), K, out);
@@ -228,7 +250,8 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
                                 int64_t product_rows, int64_t rows, Range mine, Emit&& emit,
                                 Fetch&& fetch) {
   using W = Weights<T, NG>;
-  alignas(64) T out[W::MR * W::NU * NG * W::L];
+  using A = Accumulator<T>;
+  alignas(64) A out[W::MR * W::NU * NG * W::L];
   const int64_t tiles = (rows + W::MR - 1) / W::MR;
   for (int64_t first = mine.begin; first < mine.end; first += W::NU) {
     const int64_t count = minimum(W::NU, mine.end - first), row_size = count * NG * W::L;
@@ -241,7 +264,7 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
         w.multiply(a + begin * lda, lda, product_end - begin, first, count, out);
       if (product_end < end) {
         std::memset(out + (product_end - begin) * row_size, 0,
-                    static_cast<size_t>((end - product_end) * row_size) * sizeof(T));
+                    static_cast<size_t>((end - product_end) * row_size) * sizeof(A));
       }
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t i = 0; i < count; ++i) {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,26 +17,59 @@ from rnnkern.checks import check_batch_sizes, check_lengths, check_order, check_
 from rnnkern.kernels import Backend, Steps, address
 
 
+class Kernels(NamedTuple):
+    """The native functions for one type of data."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+    infer: Callable[..., None]
+    plan: Callable[..., dict[str, Any]]
+
+
+def _kernels(type: str) -> Kernels:
+    return Kernels(*(getattr(_cpu, f"{function}_{type}") for function in Kernels._fields))
+
+
+KERNELS = {
+    torch.float32: _kernels("float32"),
+    torch.float64: _kernels("float64"),
+    torch.bfloat16: _kernels("bfloat16"),
+}
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that data of `dtype` is kept and multiplied in.
+
+    bfloat16 needs an ISA with bfloat16 products; otherwise it is converted to float32 and back, and
+    so is float16 always.
+    """
+    native = dtype == torch.bfloat16 and _cpu.computes_bfloat16()
+    return dtype if dtype in (torch.float32, torch.float64) or native else torch.float32
+
+
+def summed(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which data of a computed type is summed."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 class _Cpu(Backend):
-    """float32 and float64; 16-bit data is converted to float32 and back."""
+    """float32, float64, bfloat16; what cannot be computed as it is is converted and back."""
 
     def computed(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float64 if dtype == torch.float64 else torch.float32
+        return computed(dtype)
 
     def summed(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
+        return summed(dtype)
 
     @property
     def multiplies(self) -> bool:
         return True
 
     def forward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
-        run = _cpu.forward_float64 if like.dtype == torch.float64 else _cpu.forward_float32
-        run(cell.index, torch.get_num_threads(), *problem)
+        KERNELS[like.dtype].forward(cell.index, torch.get_num_threads(), *problem)
 
     def backward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
-        run = _cpu.backward_float64 if like.dtype == torch.float64 else _cpu.backward_float32
-        run(cell.index, torch.get_num_threads(), *problem)
+        KERNELS[like.dtype].backward(cell.index, torch.get_num_threads(), *problem)
 
     def steps(self, a: LayerInputs, s: Sizes) -> Steps:
         """Return the rows longest first, so that those of a step are the first ones."""

@@ -247,9 +247,10 @@ def _all_in_one(run: _Backward) -> None:
     """Let the kernels compute every gradient."""
     a, s, wanted, out = run.a, run.s, run.wanted, run.out
     new = torch.zeros_like if s.B == 0 or s.H == 0 else torch.empty_like
+    sums = run.backend.summed(a.input.dtype)
     for name in ("input", *_WEIGHTS, *(f"{name}_reverse" for name in _WEIGHTS)):
-        t = getattr(a, name)
-        out[name] = new(t) if wanted[name] and t is not None else None
+        t, kind = getattr(a, name), a.input.dtype if name == "input" else sums
+        out[name] = new(t, dtype=kind) if wanted[name] and t is not None else None
     others = [
         (w_ih, *(out[name + suffix] for name in _WEIGHTS), None, None, None)
         for (w_ih, *_), suffix in zip(a.directions, ("", "_reverse"), strict=False)
