@@ -22,6 +22,12 @@ from torch import Tensor
 Layout = Literal["padded", "batch_first", "packed", "packed_unsorted"]
 LAYOUTS: tuple[Layout, ...] = ("padded", "batch_first", "packed", "packed_unsorted")
 Results: TypeAlias = dict[str, Tensor]
+
+# AVX512_BF16 adds kernels for bfloat16 data to those of AVX-512; for other data it is the same.
+ISAS = [name for name in _native.supported_isas() if name != "avx512_bf16"]
+KERNELS = [(isa, dtype) for isa in ISAS for dtype in (torch.float32, torch.float64)]
+if "avx512_bf16" in _native.supported_isas():
+    KERNELS.append(("avx512_bf16", torch.bfloat16))
 OUTPUTS = ("y", "hn", "cn")
 
 
@@ -196,9 +202,10 @@ def run_op(args: LayerInputs, save: bool = True) -> tuple[Tensor, ...]:
 
 
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return fixed random output gradients, the same for equal shapes and exact in float32."""
+    """Return fixed random output gradients, the same for equal shapes and exact in bfloat16."""
     generator = torch.Generator().manual_seed(7)
-    return [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in outputs]
+    drawn = [torch.randn(t.shape, generator=generator).bfloat16() for t in outputs]
+    return [d.to(t.device, t.dtype) for d, t in zip(drawn, outputs, strict=True)]
 
 
 def evaluate(

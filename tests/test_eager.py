@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import rnnkern
 import torch
-from cases import assert_identical
+from cases import KERNELS, assert_identical, use_isa
 from rnnkern import eager
+from rnnkern._native import _cpu
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+DTYPES = sorted({dtype for _, dtype in KERNELS}, key=str)
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {}),
     ("GRU", {"reset_after": False}),
@@ -68,7 +70,7 @@ def made(name: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Mod
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stated", [False, True], ids=["zeros", "hx"])
 def test_equal_to_the_general_way(
     name: str,
@@ -100,7 +102,7 @@ def gradients(module: nn.Module, x: Tensor, hx: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_equal_those_of_the_general_way(
     name: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +250,13 @@ def test_what_watches_or_changes_operators_sees_them(
     assert not any(taken)
 
 
+def test_bfloat16_without_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, _ = made("LSTM", {}, torch.bfloat16)
+    with use_isa("baseline"), counted(monkeypatch) as taken:
+        module(x)[0].sum().backward()
+    assert not any(taken)
+
+
 def test_changed_weights_are_seen() -> None:
     module, x, _ = made("LSTM", {}, torch.float32)
     with torch.no_grad():
@@ -278,7 +287,7 @@ def test_errors_are_those_of_the_general_way() -> None:
 
 
 def test_the_native_call_checks_its_sizes() -> None:
-    call = eager._cpu.infer_float32
+    call = _cpu.infer_float32
     with pytest.raises(ValueError, match="weights: expected 4"):
         call(0, 1, 1, 1, 1, 1, 1, 1, 1, True, False, 0, 0, 0, 0, 0, 0, (0, 0))
     with pytest.raises(ValueError, match="problem: sizes out of range"):

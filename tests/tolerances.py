@@ -18,8 +18,8 @@ Kind = Literal["output", "gradient"]
 #   recurrence that carries the error on: 32 eps. A gradient sums over all steps and rows such
 #   products, through as many layers again: 4 times the output's limit.
 # float16, bfloat16: torch rounds every intermediate (pre-activation, gate, state) to 16 bits, half
-#   an epsilon each, some 8 roundings a step of which the last few count; a kernel that keeps them
-#   in float32 differs from it by all of that: 4 eps, and 4 times that for a gradient.
+#   an epsilon each, some 8 roundings a step of which the last few count; a kernel that keeps some
+#   or all of them in float32 differs from it by up to that: 4 eps, and 4 times that for a gradient.
 LIMITS: dict[torch.dtype, dict[Kind, float]] = {
     torch.float64: {"output": 32, "gradient": 128},
     torch.float32: {"output": 32, "gradient": 128},

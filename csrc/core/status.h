@@ -6,11 +6,11 @@ namespace rnnkern {
 
 enum class Status {
   ok,
-  out_of_memory,  // the scratch buffers could not be allocated
-  unknown_cell,   // no cell of that name in cells/registry.h
-  bad_problem,    // sizes or pointers that no caller in Python can produce
+  out_of_memory,     // the scratch buffers could not be allocated
+  unknown_cell,      // no cell of that name in cells/registry.h
+  bad_problem,       // sizes or pointers that no caller in Python can produce
   unsupported_type,  // the selected ISA has no kernels for the type
-  device_error,   // CUDA refused a call; see cuda_error()
+  device_error,      // CUDA refused a call; see cuda_error()
 };
 
 }  // namespace rnnkern

@@ -183,10 +183,10 @@ Status plan_backward(int cell, const CpuBackwardProblem<T>& problem, int threads
   return status;
 }
 
-#define RNNKERN_CPU_TYPE(T)                                                       \
-  template Status run_forward<T>(int, const ForwardProblem<T>&, int);             \
-  template Status run_backward<T>(int, const CpuBackwardProblem<T>&, int);        \
-  template Status plan_forward<T>(int, const ForwardProblem<T>&, int, Plan&);     \
+#define RNNKERN_CPU_TYPE(T)                                                   \
+  template Status run_forward<T>(int, const ForwardProblem<T>&, int);         \
+  template Status run_backward<T>(int, const CpuBackwardProblem<T>&, int);    \
+  template Status plan_forward<T>(int, const ForwardProblem<T>&, int, Plan&); \
   template Status plan_backward<T>(int, const CpuBackwardProblem<T>&, int, Plan&);
 RNNKERN_CPU_TYPE(float)
 RNNKERN_CPU_TYPE(double)

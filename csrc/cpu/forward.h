@@ -130,8 +130,7 @@ class ForwardLoop {
         copy_row(from, s.h[0].row(j), width);
         copy_row(from, s.h[1].row(j), width);
         const int64_t t = io.reverse ? last_step(j) : 0;
-        if (io.h_prev)
-          copy_row(from, io.h_prev + p_.seq.data_row(p_.x_rows, t, j) * p_.P, width);
+        if (io.h_prev) copy_row(from, io.h_prev + p_.seq.data_row(p_.x_rows, t, j) * p_.P, width);
       }
     }
   }

@@ -4,6 +4,7 @@ def cells() -> list[dict[str, Any]]: ...
 def isa() -> str: ...
 def supported_isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...
+def computes_bfloat16() -> bool: ...
 def allow_oversubscription(allow: bool) -> None: ...
 def forward_float32(
     cell: int,
@@ -27,6 +28,9 @@ def plan_float32(
 forward_float64 = forward_float32
 backward_float64 = backward_float32
 plan_float64 = plan_float32
+forward_bfloat16 = forward_float32
+backward_bfloat16 = backward_float32
+plan_bfloat16 = plan_float32
 
 def infer_float32(
     cell: int,
@@ -50,6 +54,7 @@ def infer_float32(
 ) -> None: ...
 
 infer_float64 = infer_float32
+infer_bfloat16 = infer_float32
 
 def roofline(
     quantity: str, threads: int, bytes: int, repeats: int

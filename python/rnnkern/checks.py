@@ -72,6 +72,10 @@ def check_backward(
     _shape("dy", g.dy, (*rows, s.D * s.P))
     _shape("dhn", g.dhn, (s.D, s.B, s.P))
     _shape("dcn", g.dcn, (s.D, s.B, s.H))
+    for name in ("dy", "dhn", "dcn"):
+        t = getattr(g, name)
+        if t is not None and t.dtype != a.input.dtype:
+            raise ValueError(f"{name}: expected {a.input.dtype}, got {t.dtype}")
     check_devices(a, g)
     if len(g.output_mask) != len(DIFFERENTIABLE):
         raise ValueError(

@@ -37,13 +37,19 @@ KERNELS = {
 }
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _computes_bfloat16() -> bool:
+    found: bool = _cpu.computes_bfloat16()
+    return found
+
+
 def computed(dtype: torch.dtype) -> torch.dtype:
     """Return the type that data of `dtype` is kept and multiplied in.
 
     bfloat16 needs an ISA with bfloat16 products; otherwise it is converted to float32 and back, and
     so is float16 always.
     """
-    native = dtype == torch.bfloat16 and _cpu.computes_bfloat16()
+    native = dtype == torch.bfloat16 and _computes_bfloat16()
     return dtype if dtype in (torch.float32, torch.float64) or native else torch.float32
 
 

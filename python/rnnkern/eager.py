@@ -1,7 +1,7 @@
 """The short way from a module to the CPU's kernels.
 
 One step of a small layer takes the kernel two or three microseconds, and the way through checks,
-operator and dispatcher thirty times as long, in training fifty times. What most calls need, padded
+operator and dispatcher thirty times as long, in training forty times. What most calls need, padded
 dense data of one type and whole rows, goes straight to the kernel here; whatever is unusual in a
 call, in its tensors or in torch's state at the time makes :func:`run` return None, and the call
 takes the general way, which knows all forms and all errors. The kernels and so the results are the
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from rnnkern import eager_training
-from rnnkern._native import _cpu
 from rnnkern.cells import Cell
+from rnnkern.cpu import KERNELS, computed
 from rnnkern.plain import dense, is_plain
 
-_DTYPES = (torch.float32, torch.float64)
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 _CPU = torch.device("cpu")
 
@@ -57,7 +56,7 @@ def run(
     """
     I, H, P = sizes
     dtype = input.dtype
-    if dtype not in _DTYPES or input.dim() != 3 or not is_plain():
+    if computed(dtype) is not dtype or input.dim() != 3 or not is_plain():
         return None
     T, B = input.shape[:2]
     if batch_first:
@@ -79,7 +78,7 @@ def run(
     if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *weights):
         if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
             return None  # inside an operator
-        form = eager_training.Form(cell, H, P, directions, bias, P != H, batch_first)
+        form = eager_training.Form(cell, H, P, directions, bias, batch_first)
         return eager_training.run(form, input, states, weights, layers)
     y = torch.empty(T, B, directions * P, dtype=dtype, device=_CPU)
     hn = torch.empty(layers * directions, B, P, dtype=dtype, device=_CPU)
@@ -88,8 +87,7 @@ def run(
         if cell.states == 2
         else None
     )
-    infer = _cpu.infer_float32 if dtype is torch.float32 else _cpu.infer_float64
-    infer(
+    KERNELS[dtype].infer(
         cell.index,
         torch.get_num_threads(),
         T,

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern._native import _cpu
 from rnnkern.arguments import DIFFERENTIABLE
 from rnnkern.cells import Cell
+from rnnkern.cpu import KERNELS, summed
+from rnnkern.kernels import address
 from rnnkern.plain import dense, is_plain
 
 _CPU = torch.device("cpu")
@@ -29,19 +30,63 @@ class Form(NamedTuple):
     P: int
     directions: int
     bias: bool
-    projection: bool
     batch_first: bool
+
+    @property
+    def projection(self) -> bool:
+        """Whether h is projected."""
+        return self.P != self.H
 
     @property
     def weights(self) -> int:
         """Weights of a direction."""
         return 2 + 2 * self.bias + self.projection
 
-    def named(self, weights: Sequence[Any]) -> list[Any]:
-        """Return a direction's (w_ih, w_hh, b_ih, b_hh, w_hr), None where there is none."""
-        w_ih, w_hh, *others = weights
+    def named(self, weights: Sequence[Any], d: int) -> list[Any]:
+        """Return direction d's (w_ih, w_hh, b_ih, b_hh, w_hr), None where there is none."""
+        w_ih, w_hh, *others = weights[d * self.weights : (d + 1) * self.weights]
         b_ih, b_hh = others[:2] if self.bias else (None, None)
         return [w_ih, w_hh, b_ih, b_hh, others[-1] if self.projection else None]
+
+
+class _Call:
+    """The sizes of one call, and where a direction's parts are in what it keeps and hands over."""
+
+    def __init__(self, form: Form, input: Tensor) -> None:
+        self.form, self.bytes = form, input.element_size()
+        self.T, self.B, self.I = input.shape
+        if form.batch_first:
+            self.T, self.B = self.B, self.T
+        self.N = self.T * self.B
+        G, H, P, K = form.cell.gates, form.H, form.P, form.cell.saved
+        self.widths = (form.directions * G * H, form.directions * P, form.directions * K * H)
+
+    @property
+    def native(self) -> tuple[int, ...]:
+        """All rows run at every step."""
+        return self.T, self.B, 0, 0, 0, 0, 0, 0, 0
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Strides of the input's steps and rows."""
+        return (1, self.T) if self.form.batch_first else (self.B, 1)
+
+    def kept(self, kept: Tensor, d: int) -> tuple[int, int, int]:
+        """Return the addresses of direction d's gates, h' and saved values."""
+        form, row, size = self.form, self.N * self.bytes, self.bytes
+        at = kept.data_ptr()
+        h_prev = at + row * self.widths[0]
+        saved = h_prev + row * self.widths[1]
+        return (
+            at + d * form.cell.gates * form.H * size,
+            h_prev + d * row * form.P,
+            saved + d * row * form.cell.saved * form.H,
+        )
+
+    def offsets(self, d: int) -> tuple[int, int, int]:
+        """Return where direction d begins in a row of y, in h and in c; bytes."""
+        H, P, size = self.form.H, self.form.P, self.bytes
+        return d * P * size, d * self.B * P * size, d * self.B * H * size
 
 
 def run(
@@ -76,10 +121,6 @@ def run(
     return (y, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
 
-def _address(t: Tensor | None, offset: int = 0) -> int:
-    return 0 if t is None else t.data_ptr() + offset
-
-
 class _Layer(torch.autograd.Function):
     """One layer, all its directions."""
 
@@ -88,37 +129,29 @@ class _Layer(torch.autograd.Function):
         ctx: Any, form: Form, input: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, ...]:
         cell, H, P, D, *_ = form
-        G, K, dtype = cell.gates, cell.saved, input.dtype
-        T, B, I = input.shape
-        if form.batch_first:
-            T, B = B, T
-        N, size = T * B, dtype.itemsize
+        call, dtype = _Call(form, input), input.dtype
+        T, B = call.T, call.B
         y = torch.empty(T, B, D * P, dtype=dtype, device=_CPU)
         hn = torch.empty(D, B, P, dtype=dtype, device=_CPU)
         cn = torch.empty(D, B, H, dtype=dtype, device=_CPU) if cell.states == 2 else None
-        kept = torch.empty(N * D * (G * H + P + K * H), dtype=dtype, device=_CPU)
-        at = kept.data_ptr()
-        h_prev, saved = at + N * D * G * H * size, at + N * D * (G * H + P) * size
+        kept = torch.empty(call.N * sum(call.widths), dtype=dtype, device=_CPU)
         directions = []
         for d in range(D):
-            own = form.named(weights[d * form.weights : (d + 1) * form.weights])
-            w_ih, w_hh, b_ih, b_hh, w_hr = (_address(w) for w in own)
-            h, c = d * B * P * size, d * B * H * size
+            w_ih, w_hh, b_ih, b_hh, w_hr = map(address, form.named(weights, d))
+            gates, h_prev, saved = call.kept(kept, d)
+            row, h, c = call.offsets(d)
             directions.append(
                 (
-                    *(d == 1, w_ih, b_ih, w_hh, b_hh, w_hr, at + d * G * H * size),
-                    *(_address(h0, h), _address(c0, c), 0, 0),
-                    *(_address(hn, h), _address(cn, c), y.data_ptr() + d * P * size),
-                    *(h_prev + d * N * P * size, saved + d * N * K * H * size),
+                    *(d == 1, w_ih, b_ih, w_hh, b_hh, w_hr, gates),
+                    *(address(h0, h), address(c0, c), 0, 0),
+                    *(address(hn, h), address(cn, c), address(y, row), h_prev, saved),
                 )
             )
-        rows = (1, T) if form.batch_first else (B, 1)
-        forward = _cpu.forward_float32 if dtype is torch.float32 else _cpu.forward_float64
-        forward(
+        KERNELS[dtype].forward(
             cell.index,
             torch.get_num_threads(),
-            (T, B, 0, 0, 0, 0, 0, 0, 0),
-            (H, P, rows, (B, 1), I, input.data_ptr()),
+            call.native,
+            (H, P, call.rows, (B, 1), call.I, input.data_ptr()),
             True,
             tuple(directions),
         )
@@ -176,11 +209,8 @@ def _native(
 ) -> list[Tensor | None]:
     """Return the gradients of (input, h0, c0, *weights) that `needs` asks for."""
     cell, H, P, D, *_ = form
-    G, K, dtype = cell.gates, cell.saved, input.dtype
-    T, B, I = input.shape
-    if form.batch_first:
-        T, B = B, T
-    N, size = T * B, dtype.itemsize
+    call, dtype = _Call(form, input), input.dtype
+    T, B = call.T, call.B
     dy, dhn, dcn = incoming
     y_rows = (B, 1)
     if dy is not None and not dy.is_contiguous():
@@ -189,38 +219,36 @@ def _native(
         if not dy.is_contiguous():
             dy, y_rows = dy.transpose(0, 1).contiguous(), (B, 1)
     dhn, dcn = (None if t is None else t.contiguous() for t in (dhn, dcn))
-    tensors = (input, h0, c0, *weights)
     grads = [
         torch.empty_like(t) if on and t is not None else None
-        for t, on in zip(tensors, needs, strict=True)
+        for t, on in zip((input, h0, c0), needs, strict=False)
     ]
-    at = kept.data_ptr()
-    h_prev, saved = at + N * D * G * H * size, at + N * D * (G * H + P) * size
+    sums = [
+        torch.empty_like(t, dtype=summed(dtype)) if on else None
+        for t, on in zip(weights, needs[3:], strict=True)
+    ]
     directions = []
     for d in range(D):
-        first = d * form.weights
-        w_ih, w_hh, _, _, w_hr = form.named(weights[first : first + form.weights])
-        own = form.named(grads[3 + first : 3 + first + form.weights])
-        h, c = d * B * P * size, d * B * H * size
+        w_ih, w_hh, _, _, w_hr = form.named(weights, d)
+        row, h, c = call.offsets(d)
         directions.append(
             (
-                *(d == 1, w_hh.data_ptr(), _address(w_hr), at + d * G * H * size),
-                *(h_prev + d * N * P * size, saved + d * N * K * H * size),
-                *(_address(dy, d * P * size), _address(dhn, h), _address(dcn, c)),
-                *(_address(grads[1], h), _address(grads[2], c), 0, 0),
-                *(w_ih.data_ptr(), *(_address(t) for t in own), 0, 0, 0),
+                *(d == 1, w_hh.data_ptr(), address(w_hr), *call.kept(kept, d)),
+                *(address(dy, row), address(dhn, h), address(dcn, c)),
+                *(address(grads[1], h), address(grads[2], c), 0, 0),
+                *(w_ih.data_ptr(), *map(address, form.named(sums, d)), 0, 0, 0),
             )
         )
-    rows = (1, T) if form.batch_first else (B, 1)
-    backward = _cpu.backward_float32 if dtype is torch.float32 else _cpu.backward_float64
-    backward(
+    KERNELS[dtype].backward(
         cell.index,
         torch.get_num_threads(),
-        (T, B, 0, 0, 0, 0, 0, 0, 0),
-        (H, P, rows, y_rows, I, input.data_ptr(), _address(grads[0])),
+        call.native,
+        (H, P, call.rows, y_rows, call.I, input.data_ptr(), address(grads[0])),
         tuple(directions),
     )
-    return grads
+    if dtype is torch.bfloat16:
+        sums = [None if t is None else t.to(dtype) for t in sums]
+    return grads + sums
 
 
 def _general(
@@ -235,25 +263,20 @@ def _general(
 ) -> list[Tensor | None]:
     """Do the same by the operator."""
     cell, H, P, D, *_ = form
-    T, B = input.shape[:2]
-    if form.batch_first:
-        T, B = B, T
-    h0 = input.new_zeros(D, B, P) if h0 is None else h0
+    call = _Call(form, input)
+    h0 = input.new_zeros(D, call.B, P) if h0 is None else h0
     if cell.states == 2 and c0 is None:
-        c0 = input.new_zeros(D, B, H)
-    own = [form.named(weights[d * form.weights : (d + 1) * form.weights]) for d in range(D)]
-    own += [[None] * 5] * (2 - D)
-    widths = (D * cell.gates * H, D * P, D * cell.saved * H)
-    gates, h_prev, saved = kept.split([T * B * width for width in widths])
-    asked = [form.named(needs[3:][d * form.weights : (d + 1) * form.weights]) for d in range(D)]
-    asked += [[None] * 5] * (2 - D)
+        c0 = input.new_zeros(D, call.B, H)
+    own = [form.named(weights, d) if d < D else [None] * 5 for d in range(2)]
+    asked = [form.named(needs[3:], d) if d < D else [None] * 5 for d in range(2)]
     mask = [bool(on) for on in (*needs[:3], *asked[0], *asked[1], False, False)]
+    gates, h_prev, saved = kept.split([call.N * width for width in call.widths])
     found = torch.ops.rnnkern.layer_backward(
         *(cell.name, input, h0, c0, *own[0], *own[1]),
         *(None, None, None, None, None, None, form.batch_first),
-        gates.view(T * B, -1),
-        h_prev.view(D, T * B, P),
-        saved.view(D, T * B, cell.saved * H),
+        gates.view(call.N, -1),
+        h_prev.view(D, call.N, P),
+        saved.view(D, call.N, cell.saved * H),
         *incoming,
         mask,
     )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import cuda, layers
-from rnnkern._native import _cpu, isa
+from rnnkern import cpu, cuda, layers
+from rnnkern._native import isa
 from rnnkern.cells import get_cell
 from rnnkern.modules import _Cell, _Recurrent
 
@@ -110,8 +110,7 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
     else:
         raise TypeError(f"module: expected one of rnnkern's modules, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
-    dtype = torch.float32 if layers.autocasts(data) else data.dtype
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = layers.autocast_dtype(data) if layers.autocasts(data) else data.dtype
     reason = layers.missing_kernel(data)
     if reason is not None:
         return Explanation(name, "reference", reason, data.dtype, data.dtype)
@@ -124,10 +123,10 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
         if batch_first and data.dim() == 3:
             T, B = B, T
     if data.is_cuda:
-        compute = torch.get_autocast_dtype("cuda") if layers.autocasts(data) else data.dtype
-        step = {"step": cuda.plan(data, compute, B)}
-        return Explanation(name, "cuda", "", data.dtype, compute, plan=step)
-    plan_of = _cpu.plan_float64 if compute == torch.float64 else _cpu.plan_float32
+        step = {"step": cuda.plan(data, dtype, B)}
+        return Explanation(name, "cuda", "", data.dtype, dtype, plan=step)
+    compute = cpu.computed(dtype)
+    plan_of = cpu.KERNELS[compute].plan
     cell, H = get_cell(name).index, module.hidden_size
     plan = {
         label: plan_of(

@@ -84,9 +84,9 @@ def time_major_strides(t: Tensor | None, batch_first: bool) -> tuple[int, int]:
     return (b, a) if batch_first else (a, b)
 
 
-def address(t: Tensor | None) -> int:
-    """Return the address of the first element; 0 for None."""
-    return 0 if t is None else t.data_ptr()
+def address(t: Tensor | None, offset: int = 0) -> int:
+    """Return the address `offset` bytes after the first element's; 0 for None."""
+    return 0 if t is None else t.data_ptr() + offset
 
 
 def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:

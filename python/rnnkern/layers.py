@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import cuda
+from rnnkern import cpu, cuda
 from rnnkern.arguments import LayerInputs, sizes_of
 from rnnkern.cells import Cell
 from rnnkern.checks import KERNEL_DTYPES, check_lengths, check_resets
@@ -282,9 +282,9 @@ def _stack(
 ) -> tuple[Tensor, States]:
     dtypes = None
     if autocasts(data):
-        # On a CPU the kernel computes in float32 whatever autocast would choose, and the results
-        # get torch's type; on a GPU torch's own recurrent operators are narrow throughout.
-        compute = torch.get_autocast_dtype("cuda") if data.is_cuda else torch.float32
+        # On a CPU not all of torch's results are narrow, and the kernel does not compute in every
+        # narrow type; on a GPU torch's own recurrent operators are narrow throughout.
+        compute = autocast_dtype(data)
         fused = packed is None and not structure.projection and not one_step
         dtypes = None if data.is_cuda else _autocast_dtypes(structure, data, states, fused)
         data, *rest = (t.to(compute) for t in (data, *states, *weights, *(reset_states or ())))
@@ -338,6 +338,14 @@ def autocasts(data: Tensor) -> bool:
     """Return whether autocast applies; float64 and meta tensors it leaves alone."""
     kind = data.device.type
     return data.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def autocast_dtype(data: Tensor) -> torch.dtype:
+    """Return the type that autocast has a layer computed in."""
+    narrow = torch.get_autocast_dtype(data.device.type)
+    if data.is_cuda:
+        return narrow
+    return cpu.computed(narrow) if data.is_cpu else torch.float32
 
 
 def _autocast_dtypes(

@@ -44,7 +44,7 @@ def _more_threads_than_cpus() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_several_chunks(case: Case, dtype: torch.dtype) -> None:
     args = build(case, dtype)
     torch.set_num_threads(1)

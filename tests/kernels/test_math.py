@@ -10,8 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from cases import run_op, use_isa
-from rnnkern import _native
+from cases import ISAS, run_op, use_isa
 from rnnkern.cells import CELLS
 from rnnkern.ops import LayerInputs
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch import Tensor
 MAX_ULP = 4.0
 LANES = 67  # hidden units: whole vectors of every ISA and a tail
 
-isas = pytest.mark.parametrize("isa", _native.supported_isas())
+isas = pytest.mark.parametrize("isa", ISAS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import rnnkern
 import torch
 from cases import (
+    KERNELS,
     Case,
     Results,
     assert_identical,
@@ -28,12 +28,10 @@ from cases import (
     run_python,
     use_isa,
 )
-from rnnkern import _native, eager_training
-from rnnkern._native import _cpu
+from rnnkern import _native, cpu
 from rnnkern.cells import CELLS
 
 COUNTS = (1, 2, 3, 4, 7)
-DTYPES = (torch.float32, torch.float64)
 
 # Sizes at which the plans of COUNTS split directions, rows, units, and rows and units at once.
 SIZES = (
@@ -67,10 +65,11 @@ def sized_cases(cell: str) -> list[Case]:
 
 
 def plan_of(case: Case, threads: int, backward: bool, dtype: torch.dtype) -> tuple[int, ...]:
-    plan_function = _cpu.plan_float64 if dtype == torch.float64 else _cpu.plan_float32
     P = case.P or case.H
     index = CELLS[case.cell].index
-    plan = plan_function(index, threads, case.T, case.B, case.H, P, case.D, case.I, backward)
+    plan = cpu.KERNELS[dtype].plan(
+        index, threads, case.T, case.B, case.H, P, case.D, case.I, backward
+    )
     return tuple(plan[f"{what}_groups"] for what in ("direction", "row", "unit"))
 
 
@@ -90,13 +89,12 @@ def run_all(cases: list[Case], dtype: torch.dtype) -> list[Results]:
 def test_the_sizes_reach_every_kind_of_plan(cell: str) -> None:
     for backward in (False, True):
         plans = set()
-        for isa in _native.supported_isas():
+        for isa, dtype in KERNELS:
             with use_isa(isa):
                 plans |= {
                     plan_of(case, threads, backward, dtype)
                     for case in sized_cases(cell)
                     for threads in COUNTS
-                    for dtype in DTYPES
                 }
         for group in range(3):
             assert any(plan[group] > 1 for plan in plans), sorted(plans)
@@ -105,8 +103,7 @@ def test_the_sizes_reach_every_kind_of_plan(cell: str) -> None:
         assert any(d * r * u == max(COUNTS) for d, r, u in plans), sorted(plans)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", _native.supported_isas())
+@pytest.mark.parametrize(("isa", "dtype"), KERNELS, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_do_not_depend_on_the_team(cell: str, isa: str, dtype: torch.dtype) -> None:
     """Every output and gradient, in training and inference."""
@@ -171,12 +168,11 @@ def test_kernels_release_the_interpreter(pass_: str, monkeypatch: pytest.MonkeyP
 
     def watched(*args: Any) -> None:
         before = progress[0]
-        getattr(_cpu, f"{pass_}_float32")(*args)
+        getattr(native, pass_)(*args)
         inside.append(progress[0] - before)
 
-    native = {name: getattr(_cpu, name) for name in ("forward_float32", "backward_float32")}
-    native[f"{pass_}_float32"] = watched
-    monkeypatch.setattr(eager_training, "_cpu", SimpleNamespace(**native))
+    native = cpu.KERNELS[torch.float32]
+    monkeypatch.setitem(cpu.KERNELS, torch.float32, native._replace(**{pass_: watched}))
     torch.set_num_threads(1)
     counter = threading.Thread(target=count)
     counter.start()

@@ -57,10 +57,13 @@ T* pointer(Buffer<T>& buffer) {
 }
 
 template <class T>
-Buffer<T> random_buffer(std::mt19937& generator, int64_t size, T scale) {
-  std::uniform_real_distribution<T> uniform(-scale, scale);
+Buffer<T> random_buffer(std::mt19937& generator, int64_t size, Accumulator<T> scale) {
+  std::uniform_real_distribution<Accumulator<T>> uniform(-scale, scale);
   Buffer<T> buffer(static_cast<size_t>(size));
-  for (T& value : buffer) value = uniform(generator);
+  for (T& value : buffer) {
+    const Accumulator<T> drawn = uniform(generator);  // bfloat16 takes its upper half
+    std::memcpy(&value, reinterpret_cast<const char*>(&drawn + 1) - sizeof(T), sizeof(T));
+  }
   return buffer;
 }
 
@@ -74,18 +77,21 @@ template <class T>
 struct Tensors {
   Buffer<T> W, b_ih, R, b, W_hr, initial[kMaxStates], reset[kMaxStates], dfinal[kMaxStates];
   Buffer<T> final[kMaxStates], h_prev, saved;  // out of forward
-  Buffer<T> dinitial[kMaxStates], dreset[kMaxStates], dW, dR, db_ih, db_hh, dW_hr;  // of backward
+  Buffer<T> dinitial[kMaxStates];              // out of backward
+  Buffer<Accumulator<T>> dreset[kMaxStates], dW, dR, db_ih, db_hh, dW_hr;
 };
 
 // One layer with random weights and data. It is copied for every run, so all runs start alike.
 template <class T>
 class Layer {
+  using A = Accumulator<T>;
+
  public:
   Layer(int cell, const Shape& shape, int64_t P, const Form& form)
       : cell_(cell), info_(cell_info(cell)), shape_(shape), P_(P), form_(form) {
     make_structure();
     const int64_t B = shape.B, H = shape.H, G = info_.gates, I = I_;
-    const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(P)));
+    const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(P)));
     input_ = random(N_ * I, 1);
     if (form.training) gates_ = Buffer<T>(N_ * shape.D * G * H);
     if (form.training && !form.bare) dinput_ = Buffer<T>(N_ * I);
@@ -104,26 +110,26 @@ class Layer {
         if (form.reset_state) t.reset[k] = random(size, 1);
         if (!form.bare) t.dfinal[k] = random(size, 1);
         t.final[k] = t.dinitial[k] = Buffer<T>(size);
-        if (form.reset_state) t.dreset[k] = Buffer<T>(size);
+        if (form.reset_state) t.dreset[k] = Buffer<A>(size);
       }
       if (!form.training) continue;
       t.h_prev = Buffer<T>(N_ * P);
       t.saved = Buffer<T>(N_ * info_.saved * H);
-      t.dW = Buffer<T>(G * H * I);
-      t.dR = Buffer<T>(G * H * P);
-      t.db_ih = t.db_hh = Buffer<T>(G * H);
-      if (projects()) t.dW_hr = Buffer<T>(P * H);
+      t.dW = Buffer<A>(G * H * I);
+      t.dR = Buffer<A>(G * H * P);
+      t.db_ih = t.db_hh = Buffer<A>(G * H);
+      if (projects()) t.dW_hr = Buffer<A>(P * H);
     }
   }
 
   // Both passes; false if the driver refused. The plans they took are counted by the caller.
   bool run(int threads) {
     const ForwardProblem<T> forward = forward_problem();
-    forward_plan = plan_forward<T>(cell_, forward, threads);
+    if (plan_forward<T>(cell_, forward, threads, forward_plan) != Status::ok) return false;
     if (run_forward<T>(cell_, forward, threads) != Status::ok) return false;
     if (!form_.training) return true;
-    const BackwardProblem<T> backward = backward_problem();
-    backward_plan = plan_backward<T>(cell_, backward, threads);
+    const CpuBackwardProblem<T> backward = backward_problem();
+    if (plan_backward<T>(cell_, backward, threads, backward_plan) != Status::ok) return false;
     return run_backward<T>(cell_, backward, threads) == Status::ok;
   }
 
@@ -147,7 +153,7 @@ class Layer {
  private:
   bool projects() const { return P_ != shape_.H; }
 
-  Buffer<T> random(int64_t size, T scale) { return random_buffer<T>(generator_, size, scale); }
+  Buffer<T> random(int64_t size, A scale) { return random_buffer<T>(generator_, size, scale); }
 
   // Sorted row j has length T - 2j (at least 0, or 1 if packed); the order is a rotation.
   void make_structure() {
@@ -208,12 +214,12 @@ class Layer {
     return p;
   }
 
-  BackwardProblem<T> backward_problem() {
-    auto p = sized<BackwardProblem<T>>();
+  CpuBackwardProblem<T> backward_problem() {
+    auto p = sized<CpuBackwardProblem<T>>();
     p.dinput = pointer(dinput_);
     for (int64_t d = 0; d < shape_.D; ++d) {
       Tensors<T>& t = dir_[d];
-      BackwardDirection<T>& io = p.dir[d];
+      BackwardDirection<T, A>& io = p.dir[d];
       io.reverse = d == 1;
       io.R = pointer(t.R);
       io.W_hr = pointer(t.W_hr);
@@ -247,6 +253,10 @@ class Layer {
 
 int failures = 0;
 
+const char* type_name(size_t bytes) {
+  return bytes == 2 ? "bfloat16" : bytes == 4 ? "float32" : "float64";
+}
+
 // How often each way to split the work was taken.
 struct Coverage {
   int by_unit = 0, by_row = 0, by_direction = 0, mixed = 0;
@@ -279,9 +289,9 @@ void check_layer(int cell, const Shape& shape, int64_t P, const Form& form, Cove
   if (good) return;
   ++failures;
   std::printf("FAILED: %s, %s, %s, T=%d B=%d H=%d P=%d D=%d, %s\n", current_isa(),
-              cell_info(cell).name, sizeof(T) == 4 ? "float32" : "float64",
-              static_cast<int>(shape.T), static_cast<int>(shape.B), static_cast<int>(shape.H),
-              static_cast<int>(P), static_cast<int>(shape.D), form.name);
+              cell_info(cell).name, type_name(sizeof(T)), static_cast<int>(shape.T),
+              static_cast<int>(shape.B), static_cast<int>(shape.H), static_cast<int>(P),
+              static_cast<int>(shape.D), form.name);
 }
 
 void check_cell(int cell) {
@@ -289,15 +299,18 @@ void check_cell(int cell) {
   Coverage coverage;
   for (const Shape& shape : kShapes) {
     for (const Form& form : kForms) {
-      check_layer<float>(cell, shape, shape.H, form, coverage);
-      check_layer<double>(cell, shape, shape.H, form, coverage);
-      if (info.projects && shape.H > 1) {
-        check_layer<float>(cell, shape, shape.H / 2, form, coverage);
-        check_layer<double>(cell, shape, shape.H / 2, form, coverage);
+      for (const int64_t P : {shape.H, shape.H / 2}) {
+        if (P != shape.H && (P == 0 || !info.projects)) continue;
+        if (computes_bfloat16()) {  // the rest is that of an ISA without it
+          check_layer<Bfloat16>(cell, shape, P, form, coverage);
+        } else {
+          check_layer<float>(cell, shape, P, form, coverage);
+          check_layer<double>(cell, shape, P, form, coverage);
+        }
       }
     }
   }
-  std::printf("%-9s%-18s plans split by unit %d, row %d, direction %d, mixed %d times\n",
+  std::printf("%-12s%-18s plans split by unit %d, row %d, direction %d, mixed %d times\n",
               current_isa(), info.name, coverage.by_unit, coverage.by_row, coverage.by_direction,
               coverage.mixed);
   if (!coverage.complete()) {
