@@ -11,6 +11,7 @@
 
 #include "cells/registry.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/team.h"
 
 namespace rnnkern {
@@ -88,8 +89,31 @@ struct Free {
 // memory.
 std::unique_ptr<unsigned char, Free> allocate(int64_t bytes) {
   const auto rounded = static_cast<size_t>((bytes + 64) / 64 * 64);
-  return std::unique_ptr<unsigned char, Free>(
-      static_cast<unsigned char*>(std::aligned_alloc(64, rounded)));
+  auto* memory = static_cast<unsigned char*>(std::aligned_alloc(64, rounded));
+  prefer_huge_pages(memory, bytes);
+  return std::unique_ptr<unsigned char, Free>(memory);
+}
+
+// What a call writes for the first time, if its caller has just allocated it.
+template <class T>
+void prepare_outputs(const CellInfo& cell, const ForwardProblem<T>& p) {
+  const int64_t N = p.seq.data_rows(), size = sizeof(T);
+  prefer_huge_pages(p.dir[0].y, N * p.D * p.P * size);
+  if (!p.training) return;
+  prefer_huge_pages(p.dir[0].x, N * p.D * cell.gates * p.H * size);
+  for (int d = 0; d < p.D; ++d) {
+    prefer_huge_pages(p.dir[d].h_prev, N * p.P * size);
+    prefer_huge_pages(p.dir[d].saved, N * cell.saved * p.H * size);
+  }
+}
+template <class T, class A>
+void prepare_outputs(const CellInfo& cell, const BackwardProblem<T, A>& p) {
+  prefer_huge_pages(p.dinput, p.seq.data_rows() * p.I * static_cast<int64_t>(sizeof(T)));
+  const int64_t rows = cell.gates * p.H * static_cast<int64_t>(sizeof(A));
+  for (int d = 0; d < p.D; ++d) {
+    prefer_huge_pages(p.dir[d].sums.dW, rows * p.I);
+    prefer_huge_pages(p.dir[d].sums.dR, rows * p.P);
+  }
 }
 
 template <class Problem>
@@ -158,13 +182,17 @@ bool select_isa(const char* name) {
 template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads) {
   const Status status = check<T>(cell, problem);
-  return status == Status::ok ? run(kernels<T>()[cell].forward, problem, threads) : status;
+  if (status != Status::ok) return status;
+  prepare_outputs(cells[cell], problem);
+  return run(kernels<T>()[cell].forward, problem, threads);
 }
 
 template <class T>
 Status run_backward(int cell, const CpuBackwardProblem<T>& problem, int threads) {
   const Status status = check<T>(cell, problem);
-  return status == Status::ok ? run(kernels<T>()[cell].backward, problem, threads) : status;
+  if (status != Status::ok) return status;
+  prepare_outputs(cells[cell], problem);
+  return run(kernels<T>()[cell].backward, problem, threads);
 }
 
 template <class T>

@@ -71,16 +71,14 @@ class _Call:
         """Strides of the input's steps and rows."""
         return (1, self.T) if self.form.batch_first else (self.B, 1)
 
-    def kept(self, kept: Tensor, d: int) -> tuple[int, int, int]:
-        """Return the addresses of direction d's gates, h' and saved values."""
-        form, row, size = self.form, self.N * self.bytes, self.bytes
-        at = kept.data_ptr()
-        h_prev = at + row * self.widths[0]
-        saved = h_prev + row * self.widths[1]
+    def kept(self, kept: Sequence[Tensor], d: int) -> tuple[int, int, int]:
+        """Return the addresses of direction d's part of (gates, h', saved)."""
+        form, row = self.form, self.N * self.bytes
+        gates, h_prev, saved = kept
         return (
-            at + d * form.cell.gates * form.H * size,
-            h_prev + d * row * form.P,
-            saved + d * row * form.cell.saved * form.H,
+            gates.data_ptr() + d * form.cell.gates * form.H * self.bytes,
+            h_prev.data_ptr() + d * row * form.P,
+            saved.data_ptr() + d * row * form.cell.saved * form.H,
         )
 
     def offsets(self, d: int) -> tuple[int, int, int]:
@@ -134,7 +132,7 @@ class _Layer(torch.autograd.Function):
         y = torch.empty(T, B, D * P, dtype=dtype, device=_CPU)
         hn = torch.empty(D, B, P, dtype=dtype, device=_CPU)
         cn = torch.empty(D, B, H, dtype=dtype, device=_CPU) if cell.states == 2 else None
-        kept = torch.empty(call.N * sum(call.widths), dtype=dtype, device=_CPU)
+        kept = [torch.empty(call.N * w, dtype=dtype, device=_CPU) for w in call.widths]
         directions = []
         for d in range(D):
             w_ih, w_hh, b_ih, b_hh, w_hr = map(address, form.named(weights, d))
@@ -156,7 +154,7 @@ class _Layer(torch.autograd.Function):
             tuple(directions),
         )
         ctx.set_materialize_grads(False)
-        tensors = (input, h0, c0, kept, *weights)
+        tensors = (input, h0, c0, *kept, *weights)
         ctx.form = form
         ctx.dtype = dtype
         ctx.shapes = [None if t is None else t.shape for t in tensors]
@@ -168,7 +166,7 @@ class _Layer(torch.autograd.Function):
         form: Form = ctx.form
         dcn = rest[0] if rest else None
         saved = ctx.saved_tensors
-        input, h0, c0, kept, *weights = saved
+        (input, h0, c0), kept, weights = saved[:3], saved[3:6], saved[6:]
         needs = ctx.needs_input_grad[1:]
         if dy is None and dhn is None and dcn is None:
             return (None,) * (1 + len(needs))
@@ -202,7 +200,7 @@ def _native(
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    kept: Tensor,
+    kept: Sequence[Tensor],
     weights: Sequence[Tensor],
     incoming: Incoming,
     needs: Sequence[bool],
@@ -256,7 +254,7 @@ def _general(
     input: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    kept: Tensor,
+    kept: Sequence[Tensor],
     weights: Sequence[Tensor],
     incoming: Incoming,
     needs: Sequence[bool],
@@ -270,7 +268,7 @@ def _general(
     own = [form.named(weights, d) if d < D else [None] * 5 for d in range(2)]
     asked = [form.named(needs[3:], d) if d < D else [None] * 5 for d in range(2)]
     mask = [bool(on) for on in (*needs[:3], *asked[0], *asked[1], False, False)]
-    gates, h_prev, saved = kept.split([call.N * width for width in call.widths])
+    gates, h_prev, saved = kept
     found = torch.ops.rnnkern.layer_backward(
         *(cell.name, input, h0, c0, *own[0], *own[1]),
         *(None, None, None, None, None, None, form.batch_first),
