@@ -21,7 +21,6 @@ from rnnkern.cpu import KERNELS, computed
 from rnnkern.plain import dense, is_plain
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
-_CPU = torch.device("cpu")
 
 
 def run(
@@ -80,13 +79,9 @@ def run(
             return None  # inside an operator
         form = eager_training.Form(cell, H, P, directions, bias, batch_first)
         return eager_training.run(form, input, states, weights, layers)
-    y = torch.empty(T, B, directions * P, dtype=dtype, device=_CPU)
-    hn = torch.empty(layers * directions, B, P, dtype=dtype, device=_CPU)
-    cn = (
-        torch.empty(layers * directions, B, H, dtype=dtype, device=_CPU)
-        if cell.states == 2
-        else None
-    )
+    new = input.new_empty
+    y, hn = new(T, B, directions * P), new(layers * directions, B, P)
+    cn = new(layers * directions, B, H) if cell.states == 2 else None
     KERNELS[dtype].infer(
         cell.index,
         torch.get_num_threads(),

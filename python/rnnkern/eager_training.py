@@ -19,8 +19,6 @@ from rnnkern.cpu import KERNELS, summed
 from rnnkern.kernels import address
 from rnnkern.plain import dense, is_plain
 
-_CPU = torch.device("cpu")
-
 
 class Form(NamedTuple):
     """What one layer is, besides its tensors."""
@@ -109,9 +107,7 @@ def run(
         if layers > 1:
             rows = slice(layer * D, (layer + 1) * D)
             h0, c0 = (None if s is None else s[rows] for s in both)
-        y, *final = _Layer.apply(  # type: ignore[no-untyped-call]
-            form, y, h0, c0, *weights[layer * count : (layer + 1) * count]
-        )
+        y, *final = _apply(form, y, h0, c0, *weights[layer * count : (layer + 1) * count])
         finals.append(final)
         form = form._replace(batch_first=False)
     if layers == 1:
@@ -129,10 +125,10 @@ class _Layer(torch.autograd.Function):
         cell, H, P, D, *_ = form
         call, dtype = _Call(form, input), input.dtype
         T, B = call.T, call.B
-        y = torch.empty(T, B, D * P, dtype=dtype, device=_CPU)
-        hn = torch.empty(D, B, P, dtype=dtype, device=_CPU)
-        cn = torch.empty(D, B, H, dtype=dtype, device=_CPU) if cell.states == 2 else None
-        kept = [torch.empty(call.N * w, dtype=dtype, device=_CPU) for w in call.widths]
+        new = input.new_empty
+        y, hn = new(T, B, D * P), new(D, B, P)
+        cn = new(D, B, H) if cell.states == 2 else None
+        kept = [new(call.N * width) for width in call.widths]
         directions = []
         for d in range(D):
             w_ih, w_hh, b_ih, b_hh, w_hr = map(address, form.named(weights, d))
@@ -191,6 +187,9 @@ def _readable(t: Tensor | None) -> bool:
         and t.data_ptr() != 0
     )
 
+
+# Function.apply itself looks at every argument for wrappers of torch.func, which `is_plain` did.
+_apply: Any = super(torch.autograd.Function, _Layer).apply
 
 Incoming = tuple["Tensor | None", "Tensor | None", "Tensor | None"]
 
