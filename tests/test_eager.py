@@ -90,6 +90,34 @@ def test_equal_to_the_general_way(
     assert [t.stride() for t in found.values()] == [t.stride() for t in general.values()]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stated", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("LSTM", {"num_layers": 3, "proj_size": 3}),
+        ("GRU", {"num_layers": 2, "batch_first": True}),
+        ("RNN", {"num_layers": 2, "bidirectional": True}),
+    ],
+)
+def test_long_stacks_in_pieces(
+    name: str,
+    options: dict[str, Any],
+    stated: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, _, hx = made(name, options, dtype)
+    x = torch.randn((3, 3001, 7) if module.batch_first else (3001, 3, 7), dtype=dtype)
+    args = (x, hx) if stated else (x,)
+    with general_way(monkeypatch):
+        general = {k: t.detach() for k, t in flat(module(*args)).items()}
+    with torch.no_grad(), counted(monkeypatch) as taken:
+        found = flat(module(*args))
+    assert taken == [True]
+    assert_identical(found, general)
+
+
 def gradients(module: nn.Module, x: Tensor, hx: Any) -> dict[str, Tensor]:
     """Return all results, and all gradients of a sum that every result takes part in."""
     states = hx if isinstance(hx, tuple) else (hx,)

@@ -1,24 +1,34 @@
 // A stack of layers, one forward problem each; the outputs between them live in two buffers.
 #include "cpu/stack.h"
 
+#include <algorithm>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "cpu/driver.h"
 
 namespace rnnkern {
 namespace {
 
+// Rows of a piece: enough to pay for packing the weights again, by far.
+constexpr int64_t kPieceRows = 4096;
+
+// Steps [begin, end) of one layer. A piece after the first goes on from the final states of the one
+// before.
 template <class T>
-ForwardProblem<T> layer_problem(const StackProblem<T>& s, int64_t layer) {
+ForwardProblem<T> layer_problem(const StackProblem<T>& s, int64_t layer, int64_t begin,
+                                int64_t end) {
   ForwardProblem<T> p{};
-  p.seq.T = s.T_;
+  const bool batch_major = layer == 0 && s.batch_first;
+  p.seq.T = end - begin;
   p.seq.B = s.B;
   p.H = s.H;
   p.P = s.P;
   p.D = s.D;
   p.I = layer == 0 ? s.I : s.D * s.P;
-  p.x_rows = layer == 0 && s.batch_first ? Rows{1, s.T_} : Rows{s.B, 1};
+  p.input = s.input + begin * s.I * (batch_major ? 1 : s.B);  // of layer 0
+  p.x_rows = batch_major ? Rows{1, s.T_} : Rows{s.B, 1};
   p.y_rows = {s.B, 1};
   for (int64_t d = 0; d < s.D; ++d) {
     const int64_t row = layer * s.D + d, widths[kMaxStates] = {s.P, s.H};
@@ -31,31 +41,45 @@ ForwardProblem<T> layer_problem(const StackProblem<T>& s, int64_t layer) {
     if (s.P != s.H) io.W_hr = w[s.weights_of_direction() - 1];
     for (int k = 0; k < kMaxStates; ++k) {
       const int64_t at = row * s.B * widths[k];
-      if (s.initial[k]) io.initial[k] = s.initial[k] + at;
       if (s.final[k]) io.final[k] = s.final[k] + at;
+      if (begin > 0) {
+        io.initial[k] = io.final[k];
+      } else if (s.initial[k]) {
+        io.initial[k] = s.initial[k] + at;
+      }
     }
   }
   return p;
+}
+
+// A state is rounded to the data's type between two pieces, which must not change it.
+template <class T>
+bool may_cut(const StackProblem<T>& s) {
+  return std::is_same_v<T, Accumulator<T>> && s.layers > 1 && s.D == 1;
 }
 
 }  // namespace
 
 template <class T>
 Status run_stack(int cell, const StackProblem<T>& s, int threads) {
-  if (s.D < 1 || s.D > kMaxDirections) return Status::bad_problem;
-  const int64_t width = s.D * s.P, elements = s.T_ * s.B * width;
+  if (s.D < 1 || s.D > kMaxDirections || s.T_ < 1 || s.B < 1) return Status::bad_problem;
+  const int64_t width = s.D * s.P;
+  const int64_t piece = may_cut(s) ? std::clamp<int64_t>(kPieceRows / s.B, 1, s.T_) : s.T_;
   std::unique_ptr<T[]> between[2];
   for (int i = 0; i < 2 && i < s.layers - 1; ++i) {
-    between[i].reset(new (std::nothrow) T[static_cast<size_t>(elements)]);
+    between[i].reset(new (std::nothrow) T[static_cast<size_t>(piece * s.B * width)]);
     if (!between[i]) return Status::out_of_memory;
   }
-  for (int64_t layer = 0; layer < s.layers; ++layer) {
-    ForwardProblem<T> p = layer_problem(s, layer);
-    p.input = layer == 0 ? s.input : between[(layer - 1) % 2].get();
-    T* y = layer == s.layers - 1 ? s.y : between[layer % 2].get();
-    for (int64_t d = 0; d < s.D; ++d) p.dir[d].y = y + d * s.P;
-    const Status status = run_forward(cell, p, threads);
-    if (status != Status::ok) return status;
+  for (int64_t begin = 0; begin < s.T_; begin += piece) {
+    const int64_t end = std::min(begin + piece, s.T_);
+    for (int64_t layer = 0; layer < s.layers; ++layer) {
+      ForwardProblem<T> p = layer_problem(s, layer, begin, end);
+      if (layer > 0) p.input = between[(layer - 1) % 2].get();
+      T* y = layer == s.layers - 1 ? s.y + begin * s.B * width : between[layer % 2].get();
+      for (int64_t d = 0; d < s.D; ++d) p.dir[d].y = y + d * s.P;
+      const Status status = run_forward(cell, p, threads);
+      if (status != Status::ok) return status;
+    }
   }
   return Status::ok;
 }
