@@ -14,7 +14,9 @@ from rnnkern._native import _cpu
 from rnnkern.arguments import LayerInputs, Sizes
 from rnnkern.cells import Cell
 from rnnkern.checks import check_batch_sizes, check_lengths, check_order, check_resets
-from rnnkern.kernels import Backend, Steps, address
+from rnnkern.kernels import Backend, Backward, Steps, address
+
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 
 
 class Kernels(NamedTuple):
@@ -67,9 +69,23 @@ class _Cpu(Backend):
     def summed(self, dtype: torch.dtype) -> torch.dtype:
         return summed(dtype)
 
-    @property
-    def multiplies(self) -> bool:
-        return True
+    def project(self, a: LayerInputs, s: Sizes, save: bool) -> Tensor:
+        return a.input.new_empty((s.N, s.D * s.G * s.H) if save else 0)
+
+    def differentiate(self, run: Backward) -> None:
+        """Let the kernels compute every gradient."""
+        a, s, wanted, out = run.a, run.s, run.wanted, run.out
+        run.add_states(every=False)
+        new = torch.zeros_like if s.B == 0 or s.H == 0 else torch.empty_like
+        for name in ("input", *_WEIGHTS, *(f"{name}_reverse" for name in _WEIGHTS)):
+            t = getattr(a, name)
+            kind = a.input.dtype if name == "input" else summed(a.input.dtype)
+            out[name] = new(t, dtype=kind) if wanted[name] and t is not None else None
+        others = [
+            (w_ih, *(out[name + suffix] for name in _WEIGHTS), None, None, None)
+            for (w_ih, *_), suffix in zip(a.directions, ("", "_reverse"), strict=False)
+        ]
+        run.recurrence(run.input_without_padding(), others)
 
     def forward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
         KERNELS[like.dtype].forward(cell.index, torch.get_num_threads(), *problem)

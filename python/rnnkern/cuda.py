@@ -8,7 +8,6 @@ result of their row NaN.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import kernels
+from rnnkern import cuda_products, kernels
 from rnnkern._native import cuda_module
 from rnnkern.arguments import LayerInputs, Sizes
 from rnnkern.cells import Cell
@@ -28,7 +27,7 @@ from rnnkern.checks import (
     integers,
     moved,
 )
-from rnnkern.kernels import Backend, Steps, address
+from rnnkern.kernels import Backend, Backward, Steps, address
 
 _NAMES = {
     torch.float32: "float32",
@@ -67,23 +66,13 @@ class Cuda(Backend):
         """Return float64 for float64, float32 for the others."""
         return torch.float64 if dtype == torch.float64 else torch.float32
 
-    @property
-    def multiplies(self) -> bool:
-        """Return False: cuBLAS multiplies."""
-        return False
+    def project(self, a: LayerInputs, s: Sizes, save: bool) -> Tensor:
+        """Return x, by one product."""
+        return cuda_products.project(a, s)
 
-    def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        """Return a·wᵀ + b, by cuBLAS."""
-        return a @ w.t() if b is None else torch.addmm(b, a, w.t())
-
-    def outer(
-        self, a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None
-    ) -> None:
-        """Write the products and the sum, by cuBLAS and torch."""
-        for b, out in factors:
-            torch.mm(a.t(), b, out=out)
-        if sum is not None:
-            torch.sum(a, 0, out=sum)
+    def differentiate(self, run: Backward) -> None:
+        """Run the recurrence, then one product for each gradient of the input and the weights."""
+        cuda_products.differentiate(run)
 
     def steps(self, a: LayerInputs, s: Sizes) -> Steps:
         """Return packed rows as they are, and padded ones with their lengths on the device."""

@@ -52,20 +52,13 @@ class Backend(ABC):
     def steps(self, a: LayerInputs, s: Sizes) -> Steps:
         """Check what steers the steps, and return it as the kernels read it."""
 
-    @property
     @abstractmethod
-    def multiplies(self) -> bool:
-        """Whether the kernels multiply by the input weights and sum over steps themselves."""
+    def project(self, a: LayerInputs, s: Sizes, save: bool) -> Tensor:
+        """Return x [N,D·G·H], or only its place (with `save`) where the kernels compute it."""
 
-    def linear(self, a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        """Return a·wᵀ + b, where the kernels do not multiply."""
-        raise NotImplementedError
-
-    def outer(
-        self, a: Tensor, factors: Sequence[tuple[Tensor, Tensor]], sum: Tensor | None = None
-    ) -> None:
-        """Write aᵀ·b to `out` for every (b, out), and the sum of a's rows to `sum`; likewise."""
-        raise NotImplementedError
+    @abstractmethod
+    def differentiate(self, run: Backward) -> None:
+        """Compute every gradient that is wanted into ``run.out``."""
 
     @abstractmethod
     def forward(self, cell: Cell, like: Tensor, *problem: Any) -> None:
@@ -103,18 +96,6 @@ def _computed(a: LayerInputs, dtype: torch.dtype) -> LayerInputs:
     return LayerInputs._make(values)
 
 
-def _joined(a: LayerInputs) -> tuple[Tensor, Tensor | None]:
-    """Return w_ih [D·G·H,I] and b_ih of all directions, joined for one GEMM."""
-    if len(a.directions) == 1:
-        return a.w_ih, a.b_ih
-    (w, _, b, _, _), (w_reverse, _, b_reverse, _, _) = a.directions
-    if b is None and b_reverse is None:
-        return torch.cat((w, w_reverse)), None
-    b = w.new_zeros(w.shape[0]) if b is None else b
-    b_reverse = w.new_zeros(w.shape[0]) if b_reverse is None else b_reverse
-    return torch.cat((w, w_reverse)), torch.cat((b, b_reverse))
-
-
 def _rows(t: Tensor) -> tuple[Tensor, tuple[int, int]]:
     """Return time-major data [T,B,...] as rows, uncopied where possible, and row strides."""
     T, B = t.shape[:2]
@@ -135,10 +116,7 @@ def layer(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     steps = backend.steps(a, s)
     a = _computed(a, backend.computed(dtype))
     new = a.input.new_zeros if steps.ragged else a.input.new_empty
-    if backend.multiplies:
-        x = a.input.new_empty((s.N, s.D * s.G * s.H) if save else 0)
-    else:
-        x = backend.linear(a.input.view(s.N, s.I), *_joined(a))
+    x = backend.project(a, s, save)
     y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
     h_prev = new((s.D, s.N, s.P) if save else 0)
     saved = new((s.D, s.N, cell.saved * s.H) if save else 0)
@@ -174,12 +152,6 @@ def layer_backward(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     steps = backend.steps(a, s)
     a = _computed(a, backend.computed(dtype))
     wanted = dict(zip(DIFFERENTIABLE, g.output_mask, strict=True))
-    sums = backend.summed(a.input.dtype)
-    out: dict[str, Tensor | None] = {}
-    for name in ("h0", "c0", "reset_h", "reset_c"):
-        t, kind = getattr(a, name), sums if name.startswith("reset") else a.input.dtype
-        needed = t is not None and (wanted[name] or not backend.multiplies)
-        out[name] = torch.zeros_like(t, dtype=kind) if needed else None
     dy, dhn, dcn = (
         None if t is None else _converted(t, a.input.dtype) for t in (g.dy, g.dhn, g.dcn)
     )
@@ -187,19 +159,16 @@ def layer_backward(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     if dy is not None:
         dy, y_rows = (dy.contiguous(), y_rows) if a.batch_sizes is not None else _rows(dy)
     dhn, dcn = (None if t is None else t.contiguous() for t in (dhn, dcn))
-    run = _Backward(backend, a, g, cell, s, steps, wanted, out, (dy, dhn, dcn), y_rows)
-    if backend.multiplies:
-        _all_in_one(run)
-    else:
-        _recurrence_and_products(run)
-    results = (out.get(name) if on else None for name, on in wanted.items())
+    run = Backward(backend, a, g, cell, s, steps, wanted, {}, (dy, dhn, dcn), y_rows)
+    backend.differentiate(run)
+    results = (run.out.get(name) if on else None for name, on in wanted.items())
     return tuple(
         a.input.new_empty(0, dtype=dtype) if t is None else _converted(t, dtype) for t in results
     )
 
 
-class _Backward(NamedTuple):
-    """One call of ``layer_backward``: what both ways of running it need."""
+class Backward(NamedTuple):
+    """One call of ``layer_backward``."""
 
     backend: Backend
     a: LayerInputs
@@ -211,6 +180,21 @@ class _Backward(NamedTuple):
     out: dict[str, Tensor | None]
     incoming: tuple[Tensor | None, Tensor | None, Tensor | None]  # dy, dhn, dcn
     y_rows: tuple[int, int]
+
+    def add_states(self, every: bool) -> None:
+        """Make room for the gradients of the states that are wanted, or of `every` initial one."""
+        for name in ("h0", "c0", "reset_h", "reset_c"):
+            t, initial = getattr(self.a, name), not name.startswith("reset")
+            kind = self.a.input.dtype if initial else self.backend.summed(self.a.input.dtype)
+            needed = t is not None and (self.wanted[name] or (every and initial))
+            self.out[name] = torch.zeros_like(t, dtype=kind) if needed else None
+
+    def input_without_padding(self) -> Tensor:
+        """Return the input with zeros in the padding, where 0·NaN would make a NaN gradient."""
+        if self.steps.padding is None:
+            return self.a.input
+        padding = self.steps.padding.t() if self.a.batch_first else self.steps.padding
+        return self.a.input.masked_fill(padding.unsqueeze(-1), 0)
 
     def recurrence(self, input: Tensor | None, others: Sequence[Sequence[Tensor | None]]) -> None:
         """Run the kernels; `others`: what each direction has besides."""
@@ -238,106 +222,3 @@ class _Backward(NamedTuple):
         rows, dinput = _input_rows(a, s), self.out.get("input")
         sizes = (s.H, s.P, rows, self.y_rows, s.I, address(input), address(dinput))
         self.backend.backward(self.cell, a.input, self.steps.native, sizes, directions)
-
-
-_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
-
-
-def _all_in_one(run: _Backward) -> None:
-    """Let the kernels compute every gradient."""
-    a, s, wanted, out = run.a, run.s, run.wanted, run.out
-    new = torch.zeros_like if s.B == 0 or s.H == 0 else torch.empty_like
-    sums = run.backend.summed(a.input.dtype)
-    for name in ("input", *_WEIGHTS, *(f"{name}_reverse" for name in _WEIGHTS)):
-        t, kind = getattr(a, name), a.input.dtype if name == "input" else sums
-        out[name] = new(t, dtype=kind) if wanted[name] and t is not None else None
-    others = [
-        (w_ih, *(out[name + suffix] for name in _WEIGHTS), None, None, None)
-        for (w_ih, *_), suffix in zip(a.directions, ("", "_reverse"), strict=False)
-    ]
-    run.recurrence(_without_padding(a, run.steps), others)
-
-
-def _recurrence_and_products(run: _Backward) -> None:
-    """Run the recurrence, then one product for each gradient of the input and the weights."""
-    backend, a, g, cell, s, steps, wanted, out, *_ = run
-    new = a.input.new_zeros if steps.ragged else a.input.new_empty
-    dx = new(s.D, s.N, s.G * s.H)
-    recurrent = any(on for name, on in wanted.items() if name.startswith(("w_h", "b_hh")))
-    projects = a.w_hr is not None
-    needs_extra = recurrent and cell.extra != "none" and (cell.extra != "output" or projects)
-    extra = new(s.D, s.N, s.H) if needs_extra else None
-    dh = new(s.D, s.N, s.P) if projects else None
-    run.recurrence(
-        None,
-        [
-            (None,) * 6 + tuple(None if t is None else t[d] for t in (dx, extra, dh))
-            for d in range(s.D)
-        ],
-    )
-    if wanted["input"]:
-        dinput = backend.linear(dx[0], a.w_ih.t())
-        if s.D == 2:
-            dinput += backend.linear(dx[1], a.directions[1][0].t())
-        out["input"] = dinput.view_as(a.input)
-    input = _without_padding(a, steps).view(s.N, s.I)
-    for d in range(s.D):
-        suffix = "_reverse" if d else ""
-        out |= _weight_gradients(backend, a, g, cell, s, d, suffix, input, dx, extra, dh, wanted)
-
-
-def _weight_gradients(
-    backend: Backend,
-    a: LayerInputs,
-    g: BackwardInputs,
-    cell: Cell,
-    s: Sizes,
-    d: int,
-    suffix: str,
-    input: Tensor,
-    dx: Tensor,
-    extra: Tensor | None,
-    dh: Tensor | None,
-    wanted: dict[str, bool],
-) -> dict[str, Tensor | None]:
-    """Return the weight gradients of direction `d`, each one sum over all data rows."""
-    out: dict[str, Tensor | None] = {}
-    dx_d, h_prev, gates = dx[d], g.h_prev[d], s.G * s.H
-    whole: list[tuple[Tensor, Tensor]] = []  # the products that every column of dx takes part in
-    if wanted["w_ih" + suffix]:
-        out["w_ih" + suffix] = dw = dx.new_empty(gates, s.I)
-        whole.append((input, dw))
-    if wanted["w_hh" + suffix]:
-        out["w_hh" + suffix] = dr = dx.new_empty(gates, s.P)
-        if cell.extra == "recurrent_gradient" and extra is not None:
-            last = gates - s.H  # the last gate has a gradient of its own
-            backend.outer(dx_d[:, :last], [(h_prev, dr[:last])])
-            backend.outer(extra[d], [(h_prev, dr[last:])])
-        elif cell.extra == "operand" and extra is not None:
-            last = cell.last_phase * s.H  # the last phase has an operand of its own
-            backend.outer(dx_d[:, :last], [(h_prev, dr[:last])])
-            backend.outer(dx_d[:, last:], [(extra[d], dr[last:])])
-        else:
-            whole.append((h_prev, dr))
-    biases = wanted["b_ih" + suffix] or wanted["b_hh" + suffix]
-    db = dx.new_empty(gates) if biases else None
-    if whole or db is not None:
-        backend.outer(dx_d, whole, db)
-    if db is not None:
-        out["b_ih" + suffix] = db
-        if cell.extra == "recurrent_gradient" and extra is not None:
-            out["b_hh" + suffix] = torch.cat((db[: gates - s.H], extra[d].sum(0)))
-        else:
-            out["b_hh" + suffix] = db.clone()
-    if wanted["w_hr" + suffix] and dh is not None and extra is not None:
-        out["w_hr" + suffix] = dw_hr = dx.new_empty(s.P, s.H)
-        backend.outer(dh[d], [(extra[d], dw_hr)])
-    return out
-
-
-def _without_padding(a: LayerInputs, steps: Steps) -> Tensor:
-    """Return the input with zeros in the padding, where 0·NaN would make a NaN gradient."""
-    if steps.padding is None:
-        return a.input
-    padding = steps.padding.t() if a.batch_first else steps.padding
-    return a.input.masked_fill(padding.unsqueeze(-1), 0)
