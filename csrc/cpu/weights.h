@@ -199,12 +199,7 @@ struct Weights {
                           Pack<A> (&square)[L]) {
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
-      if (l < rows) {
-        square[l] = F::load(in + l * ld, static_cast<int>(columns));
-        __builtin_prefetch(in + l * ld + 128);
-      } else {
-        square[l] = Pack<A>(A(0));
-      }
+      square[l] = l < rows ? F::load(in + l * ld, static_cast<int>(columns)) : Pack<A>(A(0));
     }
   }
 
