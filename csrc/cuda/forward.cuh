@@ -1,7 +1,8 @@
 // The forward pass, one step a launch: the recurrent product of a phase and the cell's gate math in
-// one kernel. Stages of a step: the phases of the cell, then the projection if there is one. c stays
-// in the accumulation type; h is kept in the data's type, in two slots, of which a step reads the
-// one and writes the other.
+// one kernel. c stays in the accumulation type; h is kept in the data's type, in two slots, of
+// which a step reads the one and writes the other.
+//
+// Stages of a step: the phases of the cell, then the projection if there is one.
 #pragma once
 
 #include "cuda/steps.cuh"

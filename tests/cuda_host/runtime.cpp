@@ -1,8 +1,8 @@
 // The host's side of CUDA's runtime: three pretend devices, and launches on them.
 //
 // Device 0 is of sm_90 and has tensor cores; device 1 is of sm_75; device 2 is like the first, but
-// refuses cooperative launches, as no real one does. All have few and small multiprocessors, so that
-// grids which do not fit can be tested.
+// refuses cooperative launches. All have few and small multiprocessors, so that grids which do not
+// fit can be tested.
 #include <atomic>
 #include <map>
 #include <mutex>
