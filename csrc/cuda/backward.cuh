@@ -258,7 +258,7 @@ __device__ __forceinline__ void backward_first_phase(const BackwardStep<typename
 }
 
 template <class Cell, class Product, int RN, bool projected>
-__global__ void __launch_bounds__(kThreads, kBlocks<Cell, projected>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     backward_step(const BackwardStep<typename Product::Data> s) {
   const auto& p = s.p;
   const auto enter = [&](const Tile& tile) { backward_enter<Cell, Product, RN>(s, tile); };

@@ -167,7 +167,7 @@ __device__ __forceinline__ void forward_project(const ForwardStep<typename Produ
 }
 
 template <class Cell, class Product, int RN, bool projected>
-__global__ void __launch_bounds__(kThreads, kBlocks<Cell, projected>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     forward_step(const ForwardStep<typename Product::Data> s) {
   const auto phase_0 = [&](const Tile& tile) {
     forward_phase<Cell, Product, RN, projected, 0>(s, tile);

@@ -43,11 +43,6 @@ __device__ __forceinline__ int64_t data_row(const Sequence& seq, const Rows& row
 template <class Cell, bool projected>
 constexpr int kStages = Cell::phases + (projected ? 1 : 0);
 
-// Blocks of a step's kernel on a multiprocessor at least: leaves 128 registers a thread, and 168
-// to those that have several stages in them.
-template <class Cell, bool projected>
-constexpr int kBlocks = kStages<Cell, projected> == 1 ? 4 : 3;
-
 // kUnits units × 8·RN rows of one direction. A stage has at most INT32_MAX of them.
 struct Tile {
   int64_t u0, j0;
