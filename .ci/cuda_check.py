@@ -1,4 +1,4 @@
-"""Check what nvcc makes of csrc/cuda: no kernel spills registers, and TensorProduct is one.
+"""Check what nvcc makes of csrc/cuda: spilled registers, tensor cores, read-only loads.
 
     python .ci/cuda_check.py          for the architectures of a build without a GPU
     python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW = ("80", "90a")
 ALL = ("75", "80", "86", "89", "90a", "120")
 TENSOR_TYPES = ("float16", "bfloat16", "float32")
+TYPES = (*TENSOR_TYPES, "float64")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<spilled>\d+) bytes spill stores.*?"
     r"Used (?P<registers>\d+) registers",
@@ -48,15 +49,23 @@ def compile_one(source: Path, architecture: str, folder: Path) -> list[re.Match[
     return list(KERNEL.finditer(said))
 
 
-def without_tensor_cores(source: Path, folder: Path) -> list[str]:
-    """Return the TensorProduct kernels of a file whose PTX has no mma instruction."""
+def faults_of_ptx(source: Path, folder: Path) -> list[str]:
+    """Return what is wrong in the PTX of a file.
+
+    TensorProduct must use mma. Stages of one kernel read what other blocks wrote in the stage
+    before: through the read-only cache they might not see it.
+    """
     target = folder / f"{source.stem}.ptx"
     nvcc("-arch=compute_80", "-ptx", str(source), "-o", str(target))
     entries = re.split(r"\.entry ", target.read_text())[1:]
-    tensor = [e for e in entries if "TensorProduct" in e.split("(", 1)[0]]
+    name = {e: e.split("(", 1)[0] for e in entries}
+    faults = [f"{name[e]}: read-only loads" for e in entries if "ld.global.nc" in e]
+    if source.stem not in TENSOR_TYPES:
+        return faults
+    tensor = [e for e in entries if "TensorProduct" in name[e]]
     if not tensor:
-        return [f"{source.name}: no kernel with TensorProduct at all"]
-    return [e.split("(", 1)[0] for e in tensor if "mma.sync" not in e]
+        faults.append(f"{source.name}: no kernel with TensorProduct at all")
+    return faults + [f"{name[e]}: no tensor cores" for e in tensor if "mma.sync" not in e]
 
 
 def main() -> int:
@@ -75,12 +84,8 @@ def main() -> int:
         jobs = {
             (s, a): pool.submit(compile_one, s, a, folder) for a in architectures for s in sources
         }
-        plain = {
-            s.name: pool.submit(without_tensor_cores, s, folder)
-            for s in sources
-            if s.stem in TENSOR_TYPES
-        }
-        wrong = [line for job in plain.values() for line in job.result()]
+        ptx = [pool.submit(faults_of_ptx, s, folder) for s in sources if s.stem in TYPES]
+        wrong = [line for job in ptx for line in job.result()]
         count = 0
         for (source, architecture), job in jobs.items():
             for kernel in job.result():

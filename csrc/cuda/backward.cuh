@@ -6,6 +6,9 @@
 // reset state; dy is added; and the phases run in reverse. One visit more than there are steps
 // hands out the gradients of the initial states. R is transposed once, so that the product is
 // forward's. Gradients of states stay in the accumulation type; dr, the operand, is in the data's.
+//
+// Stages of a visit: the state's gradient and the last phase, between them the product that goes
+// back through the projection if there is one; then the first phase of a cell of two.
 #pragma once
 
 #include "cuda/steps.cuh"
@@ -31,6 +34,7 @@ struct BackwardStep {
   BackwardProblem<T, Accumulator<T>> p;
   BackwardScratch<T> scratch[kMaxDirections];
   Step now[kMaxDirections], before[kMaxDirections];  // this visit's step, and the visit before's
+  int64_t rows;                                      // the most that a direction has in the two
   int slot;                                          // where the dr of the visit before is
 };
 
@@ -115,7 +119,7 @@ __device__ BackwardUnit<Cell, Value<Accumulator<T>>> fetch_unit(const BackwardSt
   return unit;
 }
 
-template <class Cell, int phase, class T>
+template <class Cell, bool projected, int phase, class T>
 __device__ void put_gradients(const BackwardStep<T>& s, int d, int64_t j, int64_t u,
                               const BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
   constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
@@ -127,11 +131,11 @@ __device__ void put_gradients(const BackwardStep<T>& s, int d, int64_t j, int64_
     put(dx + g * p.H, unit.dx[g]);
     put(dr + (g - g0) * p.H, unit.dr[g]);
   }
-  if (!p.dir[d].W_hr) scratch.dh_direct[j * p.H + u] = unit.dprev[0].v;
+  if (!projected) scratch.dh_direct[j * p.H + u] = unit.dprev[0].v;
   if (Cell::states == 2) scratch.dc[j * p.H + u] = unit.dprev[Cell::states - 1].v;
 }
 
-template <class Cell, class T>
+template <class Cell, bool projected, class T>
 __device__ void last_phase(const BackwardStep<T>& s, int d, int64_t j, int64_t u,
                            Value<Accumulator<T>> dh, Value<Accumulator<T>> dc) {
   const auto& p = s.p;
@@ -142,7 +146,7 @@ __device__ void last_phase(const BackwardStep<T>& s, int d, int64_t j, int64_t u
   if (Cell::extra != Extra::none && p.dir[d].extra)
     put(p.dir[d].extra + data_row(p.seq, p.x_rows, s.now[d], j) * p.H + u, unit.extra);
   if (Cell::phases == 2) s.scratch[d].dh[j * p.H + u] = dh.v;
-  put_gradients<Cell, Cell::phases - 1>(s, d, j, u, unit);
+  put_gradients<Cell, projected, Cell::phases - 1>(s, d, j, u, unit);
 }
 
 // The product with the dr of the visit before, for rows [j0, j0 + 8·RN) of both steps.
@@ -159,12 +163,11 @@ __device__ void previous_state(const BackwardStep<typename Product::Data>& s, co
 
 // Without a projection: the gradient of the state, and this step's last phase.
 template <class Cell, class Product, int RN>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_enter(const BackwardStep<typename Product::Data> s) {
+__device__ __forceinline__ void backward_enter(const BackwardStep<typename Product::Data>& s,
+                                               const Tile& tile) {
   using T = typename Product::Data;
   using V = Value<Accumulator<T>>;
   const Sequence& seq = s.p.seq;
-  const Tile tile = Tile::of_block<RN>(s.p.H);
   const int d = tile.d;
   Accumulator<T> product[1][RN];
   previous_state<Cell, Product>(s, tile, product);
@@ -178,18 +181,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (before) dh = dh + V(s.scratch[d].dh_direct[j * s.p.H + u]);
     dh = flow(s, d, 0, j, u, dh);
     const V dc = flow_c<Cell>(s, d, j, u);
-    if (now) last_phase<Cell>(s, d, j, u, dh + fetch_dy(s, d, j, u), dc);
+    if (now) last_phase<Cell, false>(s, d, j, u, dh + fetch_dy(s, d, j, u), dc);
   }
 }
 
 // With one: the whole gradient of h, before the product that takes it through the projection.
 template <class Cell, class Product, int RN>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_enter_projected(const BackwardStep<typename Product::Data> s) {
+__device__ __forceinline__ void backward_enter_projected(
+    const BackwardStep<typename Product::Data>& s, const Tile& tile) {
   using T = typename Product::Data;
   using V = Value<Accumulator<T>>;
   const auto& p = s.p;
-  const Tile tile = Tile::of_block<RN>(p.P);
   const int d = tile.d;
   Accumulator<T> product[1][RN];
   previous_state<Cell, Product>(s, tile, product);
@@ -208,12 +210,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // dm = W_hrᵀ · dh, and the last phase.
 template <class Cell, class Product, int RN>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_unproject(const BackwardStep<typename Product::Data> s) {
+__device__ __forceinline__ void backward_unproject(const BackwardStep<typename Product::Data>& s,
+                                                   const Tile& tile) {
   using T = typename Product::Data;
   using V = Value<Accumulator<T>>;
   const auto& p = s.p;
-  const Tile tile = Tile::of_block<RN>(p.H);
   const int d = tile.d;
   const int64_t rows = s.now[d].t < 0 ? 0 : s.now[d].rows;
   Accumulator<T> dm[1][RN];
@@ -225,18 +226,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const bool now = runs(p.seq, s.now[d], j), before = runs(p.seq, s.before[d], j);
     if (u >= p.H || !(now || before)) continue;
     const V dc = flow_c<Cell>(s, d, j, u);
-    if (now) last_phase<Cell>(s, d, j, u, V(dm[0][n]), dc);
+    if (now) last_phase<Cell, true>(s, d, j, u, V(dm[0][n]), dc);
   }
 }
 
 // Phase 0 of a two-phase cell.
-template <class Cell, class Product, int RN>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_first_phase(const BackwardStep<typename Product::Data> s) {
+template <class Cell, class Product, int RN, bool projected>
+__device__ __forceinline__ void backward_first_phase(const BackwardStep<typename Product::Data>& s,
+                                                     const Tile& tile) {
   using T = typename Product::Data;
   using V = Value<Accumulator<T>>;
   const auto& p = s.p;
-  const Tile tile = Tile::of_block<RN>(p.H);
   const int d = tile.d;
   if (s.now[d].t < 0 || tile.j0 >= s.now[d].rows) return;
   const BackwardScratch<T>& scratch = s.scratch[d];
@@ -249,11 +249,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (u >= p.H || !runs(p.seq, s.now[d], j)) continue;
     BackwardUnit<Cell, V> unit = fetch_unit<Cell>(s, d, j, u);
     unit.dnext[0] = V(scratch.dh[j * p.H + u]);
-    unit.dprev[0] = V(scratch.dh_direct[j * p.H + u]);
+    unit.dprev[0] = V(projected ? Accumulator<T>(0) : scratch.dh_direct[j * p.H + u]);
     if (Cell::states == 2) unit.dprev[Cell::states - 1] = V(scratch.dc[j * p.H + u]);
     unit.dq = V(dq[0][n]);
     Cell::template backward<0>(unit);
-    put_gradients<Cell, 0>(s, d, j, u, unit);
+    put_gradients<Cell, projected, 0>(s, d, j, u, unit);
+  }
+}
+
+template <class Cell, class Product, int RN, bool projected>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    backward_step(const BackwardStep<typename Product::Data> s) {
+  const auto& p = s.p;
+  const auto enter = [&](const Tile& tile) { backward_enter<Cell, Product, RN>(s, tile); };
+  if constexpr (kStages<Cell, projected> == 1) {
+    only_stage<RN>(p.H, enter);
+  } else {
+    if constexpr (projected) {
+      stage<RN>(p.P, s.rows, p.D,
+                [&](const Tile& tile) { backward_enter_projected<Cell, Product, RN>(s, tile); });
+      next_stage();
+      stage<RN>(p.H, s.rows, p.D,
+                [&](const Tile& tile) { backward_unproject<Cell, Product, RN>(s, tile); });
+    } else {
+      stage<RN>(p.H, s.rows, p.D, enter);
+    }
+    if constexpr (Cell::phases == 2) {
+      next_stage();
+      stage<RN>(p.H, s.rows, p.D, [&](const Tile& tile) {
+        backward_first_phase<Cell, Product, RN, projected>(s, tile);
+      });
+    }
   }
 }
 

@@ -1,6 +1,8 @@
 // The forward pass, one step a launch: the recurrent product of a phase and the cell's gate math in
 // one kernel. c stays in the accumulation type; h is kept in the data's type, in two slots, of
 // which a step reads the one and writes the other.
+//
+// Stages of a step: the phases of the cell, then the projection if there is one.
 #pragma once
 
 #include "cuda/steps.cuh"
@@ -20,7 +22,8 @@ struct ForwardStep {
   ForwardProblem<T> p;
   ForwardScratch<T> scratch[kMaxDirections];
   Step now[kMaxDirections], next[kMaxDirections];
-  int slot;  // where h' is
+  int64_t rows;  // the most that a direction runs
+  int slot;      // where h' is
 };
 
 // The states before the first step, into the scratch; a row without steps goes to its final state.
@@ -85,9 +88,9 @@ __device__ void keep_previous(const ForwardStep<T>& s, int d, int64_t j, int64_t
   }
 }
 
-template <class Cell, class Product, int RN, int phase>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    forward_phase(const ForwardStep<typename Product::Data> s) {
+template <class Cell, class Product, int RN, bool projected, int phase>
+__device__ __forceinline__ void forward_phase(const ForwardStep<typename Product::Data>& s,
+                                              const Tile& tile) {
   using T = typename Product::Data;
   using A = Accumulator<T>;
   using V = Value<A>;
@@ -95,7 +98,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
   constexpr bool is_last = phase == Cell::phases - 1;
   const ForwardProblem<T>& p = s.p;
-  const Tile tile = Tile::of_block<RN>(p.H);
   const int d = tile.d;
   if (s.now[d].t < 0 || tile.j0 >= s.now[d].rows) return;
   const ForwardDirection<T>& io = p.dir[d];
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         for (int k = 0; k < K; ++k) put(io.saved + (row * K + k) * p.H + u, unit.saved[k]);
       }
       if (S == 2) put_state(s, d, S - 1, j, u, unit.next[S - 1]);
-      if (io.W_hr) {
+      if constexpr (projected) {
         put(scratch.operand + j * p.H + u, unit.next[0]);
       } else {
         keep_previous(s, d, j, u);
@@ -145,12 +147,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // h = W_hr · m (Sak et al. 2014).
 template <class Product, int RN>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    forward_project(const ForwardStep<typename Product::Data> s) {
+__device__ __forceinline__ void forward_project(const ForwardStep<typename Product::Data>& s,
+                                                const Tile& tile) {
   using T = typename Product::Data;
   using A = Accumulator<T>;
   const ForwardProblem<T>& p = s.p;
-  const Tile tile = Tile::of_block<RN>(p.P);
   const int d = tile.d;
   if (s.now[d].t < 0 || tile.j0 >= s.now[d].rows) return;
   A h[1][RN];
@@ -162,6 +163,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (u >= p.P || !runs(p.seq, s.now[d], j)) continue;
     keep_previous(s, d, j, u);
     put_state(s, d, 0, j, u, Value<A>(h[0][n]));
+  }
+}
+
+template <class Cell, class Product, int RN, bool projected>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    forward_step(const ForwardStep<typename Product::Data> s) {
+  const auto phase_0 = [&](const Tile& tile) {
+    forward_phase<Cell, Product, RN, projected, 0>(s, tile);
+  };
+  if constexpr (kStages<Cell, projected> == 1) {
+    only_stage<RN>(s.p.H, phase_0);
+  } else {
+    stage<RN>(s.p.H, s.rows, s.p.D, phase_0);
+    if constexpr (Cell::phases == 2) {
+      next_stage();
+      stage<RN>(s.p.H, s.rows, s.p.D,
+                [&](const Tile& tile) { forward_phase<Cell, Product, RN, projected, 1>(s, tile); });
+    }
+    if constexpr (projected) {
+      next_stage();
+      stage<RN>(s.p.P, s.rows, s.p.D,
+                [&](const Tile& tile) { forward_project<Product, RN>(s, tile); });
+    }
   }
 }
 

@@ -1,5 +1,5 @@
-// The step-wise driver: lays out the workspace and queues one kernel for each stage of each step.
-// Included by one file for each type, which instantiates it for every cell.
+// The step-wise driver: lays out the workspace and queues one kernel for each step, which has both
+// directions in it. Included by one file for each type, which instantiates it for every cell.
 #pragma once
 
 #include "cells/registry.h"
@@ -47,37 +47,77 @@ inline Step step_at(const Sequence& seq, int64_t t) {
   return {t, seq.rows_at(t), seq.offset ? seq.offset[t] : 0};
 }
 
+// What the launches of all steps have in common.
+template <class Argument>
+struct StepKernel {
+  void (*kernel)(Argument);
+  int stages;
+  int64_t units;  // of the widest stage
+  int memory;     // of a block, for the stage that needs most
+};
+
 // Queues kernels on the call's stream; after the first failure it does nothing more.
 class Queue {
  public:
   Queue(const CudaCall& call, const CudaPlan& plan)
-      : stream_(static_cast<cudaStream_t>(call.stream)), rows_of_block_(8 * plan.row_tiles) {}
+      : device_(call.device),
+        stream_(static_cast<cudaStream_t>(call.stream)),
+        rows_of_block_(8 * plan.row_tiles) {}
 
   template <class Argument>
   void elements(void (*kernel)(Argument), int64_t count, const Argument& argument) {
-    launch(kernel, dim3(blocks(count, kThreads)), 0, argument);
+    launch(kernel, dim3(blocks(count, kThreads)), {}, argument);
   }
 
-  // One block for each tile of units and rows, and each direction.
+  // Blocks of a step of several stages that the device runs at once, since they wait for each
+  // other; asked for once a call. 0 for a step of one stage, whose grid has no limit.
   template <class Argument>
-  void tiles(void (*kernel)(Argument), int64_t units, int64_t rows, int64_t directions,
-             size_t memory, const Argument& argument) {
-    const int64_t count =
-        blocks(units, kUnits) * static_cast<int64_t>(blocks(rows, rows_of_block_));
-    if (count == 0) return;
-    if (count > INT32_MAX) return fail(cudaErrorInvalidConfiguration);
-    launch(kernel, dim3(static_cast<unsigned>(count), 1, static_cast<unsigned>(directions)), memory,
-           argument);
+  int64_t resident(const StepKernel<Argument>& step) {
+    if (step.stages == 1) return 0;
+    int cooperates = 0, multiprocessors = 0, each = 0;
+    fail(cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device_));
+    fail(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_));
+    fail(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, step.kernel, kThreads, step.memory));
+    if (!cooperates) fail(cudaErrorNotSupported);
+    if (each < 1 || multiprocessors < 1) fail(cudaErrorCooperativeLaunchTooLarge);
+    return static_cast<int64_t>(each) * multiprocessors;
   }
 
+  template <class Argument>
+  void step(const StepKernel<Argument>& step, int64_t resident, const Argument& argument) {
+    const int64_t tiles = static_cast<int64_t>(blocks(step.units, kUnits)) *
+                          static_cast<int64_t>(blocks(argument.rows, rows_of_block_));
+    const int64_t directions = argument.p.D;
+    if (tiles == 0) return;
+    if (tiles > INT32_MAX / directions) return fail(cudaErrorInvalidConfiguration);
+    if (step.stages == 1) {
+      const dim3 grid(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(directions));
+      launch(step.kernel, grid, {step.memory, false}, argument);
+    } else {
+      const int64_t all = tiles * directions;
+      const dim3 grid(static_cast<unsigned>(all < resident ? all : resident));
+      launch(step.kernel, grid, {step.memory, true}, argument);
+    }
+  }
+
+  struct Options {
+    int memory = 0;            // dynamic shared memory of a block
+    bool cooperative = false;  // the grid runs all at once, or the launch fails
+  };
   template <class... Arguments>
-  void launch(void (*kernel)(Arguments...), dim3 grid, size_t memory, Arguments... arguments) {
+  void launch(void (*kernel)(Arguments...), dim3 grid, const Options& options,
+              Arguments... arguments) {
     if (error_ != cudaSuccess) return;
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = memory;
+    config.dynamicSmemBytes = static_cast<size_t>(options.memory);
     config.stream = stream_;
+    config.attrs = &cooperative;
+    config.numAttrs = options.cooperative ? 1 : 0;
     fail(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
@@ -91,6 +131,7 @@ class Queue {
   Status status() const { return error_ == cudaSuccess ? Status::ok : device_failed(error_); }
 
  private:
+  int device_;
   cudaStream_t stream_;
   int64_t rows_of_block_;
   cudaError_t error_ = cudaSuccess;
@@ -140,47 +181,46 @@ size_t lay_out(const BackwardProblem<T, Accumulator<T>>& p, BackwardScratch<T>* 
   return carver.used;
 }
 
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int RN, bool projected>
 Status forward_steps(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
                      const CudaPlan& plan) {
   using T = typename Product::Data;
-  constexpr int last = Cell::phases - 1;
-  ForwardStep<T> step{p, {}, {}, {}, 0};
+  constexpr int first = Product::template memory<phase_gates<Cell, 0>, RN>();
+  constexpr int last = Product::template memory<phase_gates<Cell, Cell::phases - 1>, RN>();
+  const StepKernel<ForwardStep<T>> kernel{forward_step<Cell, Product, RN, projected>,
+                                          kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
+                                          first > last ? first : last};
+  ForwardStep<T> step{p, {}, {}, {}, 0, 0};
   lay_out<Cell>(p, step.scratch, call.workspace);
   Queue queue(call, plan);
-  queue.elements(forward_prepare<Cell, T>, p.D * p.seq.B * (p.P > p.H ? p.P : p.H), step);
+  const int64_t resident = queue.resident(kernel);
+  queue.elements(forward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
   for (int64_t i = 0; i < p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
-    int64_t rows = 0;
+    step.rows = 0;
     for (int d = 0; d < p.D; ++d) {
       const int64_t t = p.dir[d].reverse ? p.seq.T - 1 - i : i;
       step.now[d] = step_at(p.seq, t);
       step.next[d] = step_at(p.seq, p.dir[d].reverse ? t - 1 : t + 1);
-      rows = step.now[d].rows > rows ? step.now[d].rows : rows;
+      step.rows = step.now[d].rows > step.rows ? step.now[d].rows : step.rows;
     }
-    constexpr int memory = Product::template memory<phase_gates<Cell, 0>, RN>();
-    queue.tiles(forward_phase<Cell, Product, RN, 0>, p.H, rows, p.D, memory, step);
-    if constexpr (last == 1) {
-      constexpr int memory = Product::template memory<phase_gates<Cell, 1>, RN>();
-      queue.tiles(forward_phase<Cell, Product, RN, 1>, p.H, rows, p.D, memory, step);
-    }
-    if constexpr (Cell::projects) {
-      constexpr int memory = Product::template memory<1, RN>();
-      if (p.dir[0].W_hr) queue.tiles(forward_project<Product, RN>, p.P, rows, p.D, memory, step);
-    }
+    queue.step(kernel, resident, step);
   }
   return queue.status();
 }
 
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int RN, bool projected>
 Status backward_steps(const BackwardProblem<typename Product::Data, typename Product::A>& p,
                       const CudaCall& call, const CudaPlan& plan) {
   using T = typename Product::Data;
-  constexpr int memory = Product::template memory<1, RN>();
-  BackwardStep<T> step{p, {}, {}, {}, 0};
+  const StepKernel<BackwardStep<T>> kernel{backward_step<Cell, Product, RN, projected>,
+                                           kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
+                                           Product::template memory<1, RN>()};
+  BackwardStep<T> step{p, {}, {}, {}, 0, 0};
   lay_out<Cell>(p, step.scratch, call.workspace);
   Queue queue(call, plan);
+  const int64_t resident = queue.resident(kernel);
   const auto turn = [&](const T* in, T* out, int64_t rows, int64_t columns) {
-    queue.launch(transpose<T>, dim3(Queue::blocks(rows * columns, kThreads)), 0, in, out, rows,
+    queue.launch(transpose<T>, dim3(Queue::blocks(rows * columns, kThreads)), {}, in, out, rows,
                  columns);
   };
   for (int d = 0; d < p.D; ++d) {
@@ -190,28 +230,19 @@ Status backward_steps(const BackwardProblem<typename Product::Data, typename Pro
       turn(io.R + Cell::first[Cell::phases - 1] * p.H * p.P, step.scratch[d].second,
            phase_gates<Cell, Cell::phases - 1> * p.H, p.P);
     }
-    if (io.W_hr) turn(io.W_hr, step.scratch[d].projection, p.P, p.H);
+    if (projected) turn(io.W_hr, step.scratch[d].projection, p.P, p.H);
     step.now[d] = {-1, 0, 0};
   }
-  queue.elements(backward_prepare<Cell, T>, p.D * p.seq.B * (p.P > p.H ? p.P : p.H), step);
+  queue.elements(backward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
   for (int64_t i = 0; i <= p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
-    int64_t rows = 0;
+    step.rows = 0;
     for (int d = 0; d < p.D; ++d) {
       step.before[d] = step.now[d];
       step.now[d] = step_at(p.seq, p.dir[d].reverse ? i : p.seq.T - 1 - i);
-      for (const Step& s : {step.now[d], step.before[d]}) rows = s.rows > rows ? s.rows : rows;
+      for (const Step& s : {step.now[d], step.before[d]})
+        step.rows = s.rows > step.rows ? s.rows : step.rows;
     }
-    if (p.dir[0].W_hr) {
-      if constexpr (Cell::projects) {
-        queue.tiles(backward_enter_projected<Cell, Product, RN>, p.P, rows, p.D, memory, step);
-        queue.tiles(backward_unproject<Cell, Product, RN>, p.H, rows, p.D, memory, step);
-      }
-    } else {
-      queue.tiles(backward_enter<Cell, Product, RN>, p.H, rows, p.D, memory, step);
-    }
-    if constexpr (Cell::phases == 2) {
-      queue.tiles(backward_first_phase<Cell, Product, RN>, p.H, rows, p.D, memory, step);
-    }
+    queue.step(kernel, resident, step);
   }
   return queue.status();
 }
@@ -229,6 +260,14 @@ Status with_plan(const CudaPlan& plan, Run&& run) {
     if (plan.tensor_cores) return with_rows<TensorProduct<T>>(plan, run);
   }
   return with_rows<ExactProduct<T>>(plan, run);
+}
+
+template <class Cell, class Problem, class Run>
+Status with_projection(const Problem& p, Run&& run) {
+  if constexpr (Cell::projects) {
+    if (p.dir[0].W_hr) return run(std::true_type{});
+  }
+  return run(std::false_type{});
 }
 
 template <class T>
@@ -254,12 +293,18 @@ constexpr CellDriver<T> cell_driver() {
           },
           [](const ForwardProblem<T>& p, const CudaCall& call, const CudaPlan& plan) {
             return with_plan<T>(plan, [&](auto product, auto rows) {
-              return forward_steps<Cell, decltype(product), decltype(rows)::value>(p, call, plan);
+              return with_projection<Cell>(p, [&](auto projected) {
+                return forward_steps<Cell, decltype(product), decltype(rows)::value,
+                                     decltype(projected)::value>(p, call, plan);
+              });
             });
           },
           [](const Backward& p, const CudaCall& call, const CudaPlan& plan) {
             return with_plan<T>(plan, [&](auto product, auto rows) {
-              return backward_steps<Cell, decltype(product), decltype(rows)::value>(p, call, plan);
+              return with_projection<Cell>(p, [&](auto projected) {
+                return backward_steps<Cell, decltype(product), decltype(rows)::value,
+                                      decltype(projected)::value>(p, call, plan);
+              });
             });
           }};
 }

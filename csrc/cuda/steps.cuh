@@ -1,10 +1,16 @@
 // What the kernels of both passes share: one step as a kernel sees it, and where its rows are.
 //
-// The driver launches one grid a stage of a step, for all directions at once. Packed rows of a step
-// are the first `rows` ones; padded rows run while t < lengths[j] (a length outside [0, T] is taken
-// for T, and the row's initial state for NaN, so that the mistake shows in every result of the row
-// although nobody on the host has seen it).
+// The driver launches one grid a step, for all directions at once. A step of one stage has a block
+// for each tile. Where a step has several, each needs all of the one before: the whole grid waits
+// between them, and as it can be no larger than what the device runs at once, its blocks share the
+// tiles of every stage.
+//
+// Packed rows of a step are the first `rows` ones; padded rows run while t < lengths[j] (a length
+// outside [0, T] is taken for T, and the row's initial state for NaN, so that the mistake shows in
+// every result of the row although nobody on the host has seen it).
 #pragma once
+
+#include <cooperative_groups.h>
 
 #include "core/cell.h"
 #include "core/problem.h"
@@ -33,19 +39,46 @@ __device__ __forceinline__ int64_t data_row(const Sequence& seq, const Rows& row
   return seq.offset ? step.offset + j : step.t * rows.stride_t + j * rows.stride_b;
 }
 
-// Block (x, y, z): a tile of kUnits units, a tile of rows, a direction.
+// Stages of one step of a cell, with a projection or without.
+template <class Cell, bool projected>
+constexpr int kStages = Cell::phases + (projected ? 1 : 0);
+
+// kUnits units × 8·RN rows of one direction. A stage has at most INT32_MAX of them.
 struct Tile {
   int64_t u0, j0;
   int d;
 
+  // Units first, then rows.
   template <int RN>
-  __device__ static Tile of_block(int64_t units) {
-    const int64_t tiles = (units + kUnits - 1) / kUnits, x = blockIdx.x;
-    return {x % tiles * kUnits, x / tiles * 8 * RN, static_cast<int>(blockIdx.z)};
+  __device__ static Tile at(unsigned index, unsigned unit_tiles, unsigned d) {
+    return {int64_t(index % unit_tiles) * kUnits, int64_t(index / unit_tiles) * 8 * RN, int(d)};
+  }
+  __device__ static unsigned count(int64_t all, int each) {
+    return static_cast<unsigned>((all + each - 1) / each);
   }
   __device__ int64_t unit() const { return u0 + threadIdx.x % kUnits; }
   __device__ int64_t row(int n) const { return j0 + threadIdx.x / kUnits + 8 * n; }
 };
+
+// The only stage of a step: run(tile) for the tile of block (x, 0, direction).
+template <int RN, class Run>
+__device__ __forceinline__ void only_stage(int64_t units, Run run) {
+  run(Tile::at<RN>(blockIdx.x, Tile::count(units, kUnits), blockIdx.z));
+}
+
+// One of several: run(tile) for every tile of units × rows × directions that falls to this block.
+template <int RN, class Run>
+__device__ __forceinline__ void stage(int64_t units, int64_t rows, int64_t directions, Run run) {
+  const unsigned unit_tiles = Tile::count(units, kUnits);
+  const unsigned each = unit_tiles * Tile::count(rows, 8 * RN);
+  for (unsigned i = blockIdx.x; i < each * static_cast<unsigned>(directions); i += gridDim.x) {
+    if (i != blockIdx.x) __syncthreads();  // until all have read the last tile's shared memory
+    run(Tile::at<RN>(i % each, unit_tiles, i / each));
+  }
+}
+
+// Between two stages: until every block of the grid has written what the next one reads.
+__device__ __forceinline__ void next_stage() { cooperative_groups::this_grid().sync(); }
 
 template <class T>
 __device__ __forceinline__ Value<Accumulator<T>> fetch(const T* at) {

@@ -59,7 +59,7 @@ class Explanation:
             step = self.plan["step"]
             cores = "tensor cores" if step["tensor_cores"] else "fused multiply-adds"
             return (
-                f"{self.cell}: cuda kernel, {types}, one launch a stage and step,"
+                f"{self.cell}: cuda kernel, {types}, one launch a step,"
                 f" {cores}, {step['rows_of_a_block']} rows a block"
             )
         lines = [f"{self.cell}: {self.backend} kernel, {self.isa}, {types}"]

@@ -12,12 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from cuda_host.build import NAME, build, build_probe
 from rnnkern import cuda, kernels
+
+
+class Launches(NamedTuple):
+    """Numbers of grids."""
+
+    plain: int
+    cooperative: int
 
 
 @dataclass
@@ -47,6 +54,19 @@ class Host:
     def drop_barrier(self, index: int) -> None:
         """Make one barrier of every thread not wait; -1: none."""
         self.library.cuda_host_drop_barrier(ctypes.c_long(index))
+
+    def drop_grid_barrier(self, index: int) -> None:
+        """Make one barrier of the grid not wait; -1: none."""
+        self.library.cuda_host_drop_grid_barrier(ctypes.c_long(index))
+
+    def device_size(self, multiprocessors: int = 4, threads: int = 1024) -> None:
+        """Let every device have so many multiprocessors of so many threads each."""
+        self.library.cuda_host_multiprocessors(multiprocessors)
+        self.library.cuda_host_threads_of_multiprocessor(threads)
+
+    def launches(self) -> Launches:
+        """Return how many grids have been launched so far."""
+        return Launches(*map(self.library.cuda_host_launches, (0, 1)))
 
 
 FLAGS = os.environ.get("RNNKERN_HOST_FLAGS", "").split()
@@ -85,3 +105,5 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     with built.operators():
         yield built
     built.drop_barrier(-1)
+    built.drop_grid_barrier(-1)
+    built.device_size()

@@ -1,7 +1,8 @@
 // Runs a grid on one OS thread. Every CUDA thread is a fiber. Where one waits, at a barrier of its
 // block or grid or for its warp, or touches memory as blocks do to exchange flags, a randomly drawn
-// other one goes on; so code that lacks a barrier soon reads what has not been written. Shared
-// memory starts as NaN. A few blocks, drawn at random too, are on the "device" at a time; of a
+// other one goes on; so code that lacks a barrier soon reads what has not been written. In half of
+// all launches some warps are seldom drawn, so that the others get far ahead of them. Shared memory
+// starts as NaN. A few blocks, drawn at random too, are on the "device" at a time; of a
 // cooperative launch, all. Threads that wait for what never comes end the launch as a deadlock.
 //
 // What it cannot see: data races within the order it draws, and the GPU's memory model.
@@ -34,6 +35,8 @@ constexpr unsigned kMostBlocks = 4;  // at a time, if the launch is not cooperat
 constexpr size_t kIdlePolls = 100;
 // Polls until someone writes, whatever else happens, for each thread: for loops with a barrier in.
 constexpr size_t kMostPolls = 1 << 13;
+// One of so many draws of a thread of a slow warp counts, and one of so many warps is slow.
+constexpr size_t kSlowness = 64, kSlowWarps = 4;
 
 thread_local std::mt19937_64 generator{1};
 thread_local long dropped_barrier = -1, dropped_grid_barrier = -1;
@@ -45,6 +48,7 @@ struct Warp {
   std::vector<Fiber*> waiting;
   const char* name = nullptr;
   void (*run)(void* const*) = nullptr;
+  bool slow = false;
 };
 
 struct Block {
@@ -60,6 +64,7 @@ using Stack = std::unique_ptr<unsigned char[]>;
 struct Fiber {
   dim3 index, block_index;
   Block* block;
+  Warp* warp;
   Stack stack;
   ucontext_t context;
   jmp_buf where;
@@ -74,6 +79,7 @@ struct Grid {
   const std::function<void()>* kernel;
   bool cooperative;
   unsigned threads;
+  bool slow_warps;
   unsigned left = 0;  // threads that have returned
   std::vector<Fiber*> at_barrier;
   size_t idle_polls = 0;
@@ -169,6 +175,7 @@ std::unique_ptr<Block> start_block(const cudaLaunchConfig_t& config, unsigned in
   block->memory.reset(new unsigned char[config.dynamicSmemBytes]);
   std::memset(block->memory.get(), 0xff, config.dynamicSmemBytes);
   block->warps.resize((threads + 31) / 32);
+  for (Warp& warp : block->warps) warp.slow = grid->slow_warps && draw(kSlowWarps) == 0;
   block->live = threads;
   for (unsigned i = 0; i < threads; ++i) {
     auto f = std::make_unique<Fiber>();
@@ -176,6 +183,7 @@ std::unique_ptr<Block> start_block(const cudaLaunchConfig_t& config, unsigned in
     f->stack = std::move(spare_stacks.back());
     spare_stacks.pop_back();
     f->block = block.get();
+    f->warp = &block->warps[i / 32];
     f->block_index =
         dim3(index % blocks.x, index / blocks.x % blocks.y, index / blocks.x / blocks.y);
     f->index = dim3(i % size.x, i / size.x % size.y, i / size.x / size.y);
@@ -188,6 +196,16 @@ std::unique_ptr<Block> start_block(const cudaLaunchConfig_t& config, unsigned in
     block->fibers.push_back(std::move(f));
   }
   return block;
+}
+
+// The place of the thread that goes on. Where threads poll, no warp is slow: they would poll often
+// enough to be taken for a deadlock.
+size_t draw_runnable() {
+  const std::vector<Fiber*>& from = grid->runnable;
+  size_t i = draw(from.size());
+  while (grid->idle_polls == 0 && from[i]->warp->slow && draw(kSlowness) != 0)
+    i = draw(from.size());
+  return i;
 }
 
 void run(const cudaLaunchConfig_t& config) {
@@ -204,7 +222,7 @@ void run(const cudaLaunchConfig_t& config) {
       queue.pop_back();
     }
     if (grid->runnable.empty()) return record("deadlock: threads wait for each other");
-    std::swap(grid->runnable[draw(grid->runnable.size())], grid->runnable.back());
+    std::swap(grid->runnable[draw_runnable()], grid->runnable.back());
     grid->now = grid->runnable.back();
     grid->runnable.pop_back();
     Block* block = grid->now->block;
@@ -250,7 +268,7 @@ void sync_grid() {
 void collective(const char* name, void* argument, void (*run)(void* const* arguments)) {
   Fiber& f = *grid->now;
   const unsigned index = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-  Warp& warp = f.block->warps[index / 32];
+  Warp& warp = *f.warp;
   if (warp.waiting.empty()) {
     warp.name = name;
     warp.run = run;
@@ -293,6 +311,7 @@ std::string run_grid(const cudaLaunchConfig_t& config, bool cooperative,
   here.kernel = &kernel;
   here.cooperative = cooperative;
   here.threads = count(config.gridDim) * count(config.blockDim);
+  here.slow_warps = draw(2) == 0;
   grid = &here;
   run(config);
   grid = nullptr;

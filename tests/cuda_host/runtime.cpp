@@ -1,7 +1,9 @@
-// The host's side of CUDA's runtime: two pretend devices, and launches on them.
+// The host's side of CUDA's runtime: three pretend devices, and launches on them.
 //
-// Device 0 is of sm_90 and has tensor cores; device 1 is of sm_75. Both have few and small
-// multiprocessors, so that grids which do not fit can be tested.
+// Device 0 is of sm_90 and has tensor cores; device 1 is of sm_75; device 2 is like the first, but
+// refuses cooperative launches. All have few and small multiprocessors, so that grids which do not
+// fit can be tested.
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -12,18 +14,21 @@ namespace {
 
 constexpr size_t kKiB = 1024;
 constexpr size_t kPlainMemory = 48 * kKiB;  // of a block, without asking for more
-constexpr int kThreadsOfBlock = 1024, kThreadsOfMultiprocessor = 1024;
+constexpr int kThreadsOfBlock = 1024;
 
 struct Device {
   int architecture;  // 10 · major + minor
   size_t block_memory, multiprocessor_memory;
   size_t reserved_memory;  // of every block
+  bool cooperates;
 };
-constexpr int kDevices = 2;
-constexpr Device kDevice[kDevices] = {{90, 227 * kKiB, 228 * kKiB, kKiB},
-                                      {75, 64 * kKiB, 64 * kKiB, 0}};
+constexpr int kDevices = 3;
+constexpr Device kDevice[kDevices] = {{90, 227 * kKiB, 228 * kKiB, kKiB, true},
+                                      {75, 64 * kKiB, 64 * kKiB, 0, true},
+                                      {90, 227 * kKiB, 228 * kKiB, kKiB, false}};
 
-int multiprocessors = 4;
+int multiprocessors = 4, threads_of_multiprocessor = 1024;
+std::atomic<long> launches[2];  // cooperative or not
 thread_local int current_device = 0;
 thread_local std::string failure;
 
@@ -63,7 +68,7 @@ cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memor
   const Device& device = kDevice[current_device];
   const size_t each = memory + device.reserved_memory;
   const size_t by_memory = each ? device.multiprocessor_memory / each : SIZE_MAX;
-  const size_t by_threads = kThreadsOfMultiprocessor / ((threads + 31) / 32 * 32);
+  const size_t by_threads = threads_of_multiprocessor / ((threads + 31) / 32 * 32);
   const bool fits = threads <= kThreadsOfBlock && memory <= allowed_memory(kernel);
   *blocks = fits ? static_cast<int>(by_memory < by_threads ? by_memory : by_threads) : 0;
   return cudaSuccess;
@@ -79,11 +84,13 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   if (!valid(config)) return cudaErrorInvalidConfiguration;
   if (config.dynamicSmemBytes > allowed_memory(kernel)) return cudaErrorInvalidValue;
   if (cooperative) {
+    if (!kDevice[current_device].cooperates) return cudaErrorNotSupported;
     int each = 0;
     occupancy(&each, kernel, static_cast<int>(count(config.blockDim)), config.dynamicSmemBytes);
     if (count(config.gridDim) > static_cast<unsigned>(each * multiprocessors))
       return cudaErrorCooperativeLaunchTooLarge;
   }
+  ++launches[cooperative];
   failure = run_grid(config, cooperative, call);
   return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
@@ -109,11 +116,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock: return answer(cuda_host::kPlainMemory);
     case cudaDevAttrMultiProcessorCount: return answer(cuda_host::multiprocessors);
-    case cudaDevAttrMaxThreadsPerMultiProcessor: return answer(cuda_host::kThreadsOfMultiprocessor);
+    case cudaDevAttrMaxThreadsPerMultiProcessor:
+      return answer(cuda_host::threads_of_multiprocessor);
     case cudaDevAttrComputeCapabilityMajor: return answer(d.architecture / 10);
     case cudaDevAttrComputeCapabilityMinor: return answer(d.architecture % 10);
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return answer(d.multiprocessor_memory);
-    case cudaDevAttrCooperativeLaunch: return answer(1);
+    case cudaDevAttrCooperativeLaunch: return answer(d.cooperates);
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: return answer(d.block_memory);
   }
   return cudaErrorInvalidValue;
@@ -139,6 +147,13 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 // ---- for the tests, through ctypes --------------------------------------------------------------
 #pragma GCC visibility push(default)
-// The size of both devices from here on.
-extern "C" void cuda_host_multiprocessors(int count) { cuda_host::multiprocessors = count; }
+extern "C" {
+// The size of all devices from here on.
+void cuda_host_multiprocessors(int count) { cuda_host::multiprocessors = count; }
+void cuda_host_threads_of_multiprocessor(int count) {
+  cuda_host::threads_of_multiprocessor = count;
+}
+// How many grids have been launched so far.
+long cuda_host_launches(int cooperative) { return cuda_host::launches[cooperative != 0]; }
+}
 #pragma GCC visibility pop

@@ -7,7 +7,8 @@ what the host shim cannot show (streams, graphs, memory, repeated runs) is teste
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -41,6 +42,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 NAMES = ["LSTM", "GRU", "RNN"]
+# The last two have steps of two stages, which are cooperative launches.
+MODULES: dict[str, Callable[[int, int], nn.Module]] = {
+    "LSTM": rnnkern.LSTM,
+    "GRU": rnnkern.GRU,
+    "RNN": rnnkern.RNN,
+    "GRU-reset-before": partial(rnnkern.GRU, reset_after=False),
+    "LSTM-projected": partial(rnnkern.LSTM, proj_size=24),
+}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = [(1, 1), (3, 7), (17, 33), (3, 96), (64, 256)]
 
@@ -99,6 +108,27 @@ def test_a_row_does_not_depend_on_the_rows_of_its_block(cell: str, dtype: torch.
         assert same_bits(found, wanted[:, :8])
 
 
+@pytest.mark.parametrize("sizes", [("gru_reset_before", 0), ("lstm", 1000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_tiles_than_the_device_has_room_for(
+    sizes: tuple[str, int], dtype: torch.dtype
+) -> None:
+    """Steps of two stages, whose grid the device holds at once: 1,024 tiles, or 256 of 8 rows."""
+    cell, P = sizes
+    args = build(Case(cell, T=3, B=128, I=1, H=2048, P=P, D=2, bias=False), dtype)
+    for found, wanted in zip(states(first_rows(args, 8)), states(args), strict=True):
+        assert wanted.isfinite().all()
+        assert same_bits(found, wanted[:, :8])
+
+
+def states(args: LayerInputs) -> tuple[Tensor, ...]:
+    """Return the outputs and the gradient of h0, behind which there is no product of torch."""
+    own = on_gpu(args)
+    h0 = own.h0.requires_grad_()
+    outputs = run_op(own)
+    return (*outputs, *torch.autograd.grad(outputs[0].sum(), h0))
+
+
 def gradients(module: nn.Module, x: Any, leaf: Tensor) -> list[Tensor]:
     y, states = module(x)
     y = y.data if hasattr(y, "data") and not isinstance(y, Tensor) else y
@@ -138,9 +168,9 @@ def test_no_call_waits_for_the_device(dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODULES)
 def test_in_a_cuda_graph(name: str) -> None:
-    module = getattr(rnnkern, name)(16, 32).cuda()
+    module = MODULES[name](16, 32).cuda()
     x = torch.randn(7, 4, 16, device="cuda")
     with torch.no_grad():
         module(x)
@@ -154,8 +184,9 @@ def test_in_a_cuda_graph(name: str) -> None:
             assert torch.equal(y, module(x)[0])
 
 
-def test_two_streams_at_once() -> None:
-    module = rnnkern.GRU(64, 128).cuda()
+@pytest.mark.parametrize("name", MODULES)
+def test_two_streams_at_once(name: str) -> None:
+    module = MODULES[name](64, 128).cuda()
     xs = [torch.randn(50, 16, 64, device="cuda") for _ in range(4)]
     with torch.no_grad():
         wanted = [module(x)[0] for x in xs]

@@ -1,0 +1,160 @@
+"""One launch a step: stages of one grid that wait for each other, on devices of any size.
+
+A step of one stage is an ordinary launch; of several, a cooperative one, which may have no more
+blocks than the device holds at once, so that a block computes several tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    Case,
+    assert_identical,
+    assert_matches,
+    build,
+    evaluate,
+    expected,
+    feature_cases,
+    leaves,
+    run_op,
+)
+from cuda_host.conftest import Host, Launches
+from rnnkern.arguments import LayerInputs
+from rnnkern.cells import CELLS
+from torch import Tensor
+
+EXACT, NARROW = torch.float32, torch.bfloat16
+THREADS = 128  # of a block
+STAGED = ["gru_reset_before", "lstm"]  # the second with a projection
+T = 3
+FORMS = [
+    Case(cell, T=T, B=2, P=P, D=D, layout=layout)
+    for cell, info in CELLS.items()
+    for P in ((0, 3) if info.projects else (0,))
+    for D in (1, 2)
+    for layout in ("padded", "packed")
+]
+
+
+def staged(case: Case) -> bool:
+    return case.cell == "gru_reset_before" or case.P > 0
+
+
+def of_stages(cell: str, **sizes: Any) -> Case:
+    """Return a case whose steps have two stages."""
+    case = Case(cell, I=3, D=2, **sizes)
+    return dataclasses.replace(case, P=case.H // 2 + 1) if cell == "lstm" else case
+
+
+def sized(B: int, H: int) -> list[Case]:
+    cases = [c for c in feature_cases(T=T, B=B, I=3, H=H) if staged(c)]
+    return [dataclasses.replace(c, P=H // 2 + 1) if c.P else c for c in cases]
+
+
+# ---- launches -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_one_launch_a_step(host: Host, case: Case) -> None:
+    args = leaves(build(case, EXACT))
+    before = host.launches()
+    y = run_op(args)[0]
+    between = host.launches()
+    y.sum().backward()
+    after = host.launches()
+    # The initial states, and for backward each direction's weights, transposed.
+    phases = 2 if case.cell == "gru_reset_before" else 1
+    turned = case.D * (phases + bool(case.P))
+    assert launched(before, between) == wanted_launches(case, fixed=1, visits=T)
+    assert launched(between, after) == wanted_launches(case, fixed=1 + turned, visits=T + 1)
+
+
+def launched(before: Launches, after: Launches) -> Launches:
+    return Launches(after.plain - before.plain, after.cooperative - before.cooperative)
+
+
+def wanted_launches(case: Case, fixed: int, visits: int) -> Launches:
+    return Launches(fixed, visits) if staged(case) else Launches(fixed + visits, 0)
+
+
+# ---- devices smaller than the grid --------------------------------------------------------------
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+@pytest.mark.parametrize(
+    "case", [c for size in ((1, 1), (3, 7), (17, 33), (3, 96)) for c in sized(*size)], ids=str
+)
+def test_blocks_take_several_tiles(host: Host, case: Case, blocks: int) -> None:
+    args = build(case, EXACT)
+    host.device_size(blocks, THREADS)
+    assert_matches(evaluate(args), expected(args), dtype=EXACT)
+
+
+@pytest.mark.parametrize("cell", STAGED)
+@pytest.mark.parametrize("dtype", [EXACT, NARROW], ids=str)
+def test_the_size_of_the_device_does_not_matter(host: Host, cell: str, dtype: torch.dtype) -> None:
+    """Two tiles of rows, three of units, two directions."""
+    args = build(of_stages(cell, T=2, B=33, H=33, resets=True, reset_state=True), dtype)
+    host.device_size(12, THREADS)
+    wanted = evaluate(args)
+    for blocks in (1, 7):
+        host.device_size(blocks, THREADS)
+        assert_identical(evaluate(args), wanted, f"{blocks} blocks")
+
+
+@pytest.mark.parametrize("threads", [THREADS - 1, THREADS])
+def test_a_device_on_which_no_block_fits(host: Host, threads: int) -> None:
+    host.device_size(1, threads)
+    args = build(of_stages("lstm", T=T), EXACT)
+    if threads < THREADS:
+        with pytest.raises(RuntimeError, match="cudaErrorCooperativeLaunchTooLarge"):
+            run_op(args)
+        host.device_size()
+    assert_matches(evaluate(args), expected(args), dtype=EXACT)
+
+
+def test_a_device_without_cooperative_launches(host: Host) -> None:
+    plain, several = build(Case("lstm"), EXACT), build(of_stages("lstm"), EXACT)
+    with host.operators(device=2):
+        with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
+            run_op(several)
+        assert_matches(evaluate(plain), expected(plain), dtype=EXACT)
+
+
+# ---- the test of these tests --------------------------------------------------------------------
+@pytest.mark.parametrize("cell", STAGED)
+@pytest.mark.parametrize("H", [7, 33])
+@pytest.mark.parametrize("dtype", [EXACT, NARROW], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_missing_barrier_of_the_grid_shows(
+    host: Host, cell: str, H: int, dtype: torch.dtype, backward: bool
+) -> None:
+    args = build(of_stages(cell, T=T, H=H), dtype)
+    assert shows(args, backward, drop=lambda: host.drop_grid_barrier(0))
+
+
+@pytest.mark.parametrize("cell", STAGED)
+def test_a_missing_barrier_between_two_tiles_shows(host: Host, cell: str) -> None:
+    """On tensor cores, in forward: the second barrier of a block that has a second tile."""
+    host.device_size(2, THREADS)
+    args = build(of_stages(cell, T=30, B=8, H=17), NARROW)
+    assert shows(args, backward=False, drop=lambda: host.drop_barrier(1))
+
+
+def shows(args: LayerInputs, backward: bool, drop: Callable[[], None]) -> bool:
+    """Whether forward's or backward's results are others once `drop` has been called."""
+    own = leaves(args)
+    loss = run_op(own)[0].sum()
+
+    def run() -> tuple[Tensor, ...]:
+        if backward:
+            return torch.autograd.grad(loss, [own.input, own.h0], retain_graph=True)
+        return run_op(args)
+
+    wanted = run()
+    drop()
+    try:
+        return not all(map(torch.equal, run(), wanted))
+    except RuntimeError as error:
+        return "cudaErrorLaunchFailure" in str(error)  # the shim itself saw that threads parted
