@@ -69,8 +69,16 @@ size_t backward(int cell, const py::tuple& where, const py::tuple& seq, const py
   return backward_workspace<T, A>(cell, p);
 }
 
-py::dict plan(int device, bool tf32, int64_t B, int element_bytes) {
-  const CudaPlan chosen = make_cuda_plan({device, nullptr, nullptr, tf32}, B, element_bytes);
+CudaType type_named(const std::string& name) {
+  if (name == "float64") return CudaType::float64;
+  if (name == "float32") return CudaType::float32;
+  if (name == "float16") return CudaType::float16;
+  if (name == "bfloat16") return CudaType::bfloat16;
+  throw py::value_error("type: expected float64, float32, float16 or bfloat16, got '" + name + "'");
+}
+
+py::dict plan(int device, bool tf32, int64_t B, const std::string& type) {
+  const CudaPlan chosen = make_cuda_plan({device, nullptr, nullptr, tf32}, B, type_named(type));
   py::dict d;
   d["tensor_cores"] = chosen.tensor_cores;
   d["rows_of_a_block"] = 8 * chosen.row_tiles;

@@ -32,6 +32,17 @@ int kernel_architecture(int device) {
   return attributes.ptxVersion;
 }
 
+// The first architecture whose tensor cores multiply this type; 0: none are to.
+int tensor_cores_from(CudaType type, bool tf32) {
+  switch (type) {
+    case CudaType::float64: return 0;
+    case CudaType::float32: return tf32 ? 80 : 0;
+    case CudaType::float16: return 75;
+    case CudaType::bfloat16: return 80;
+  }
+  return 0;
+}
+
 }  // namespace
 
 Status device_failed(cudaError_t error) {
@@ -52,13 +63,13 @@ std::string device_problem(int device) {
   return cuda_error();
 }
 
-// Tensor cores where the type allows them and the kernels were compiled for sm_80 or newer; blocks
-// of 8 rows for small batches, so that units fill the device, and of 32 otherwise, so that weights
-// are read by fewer blocks. Results depend on the first choice only.
-CudaPlan make_cuda_plan(const CudaCall& call, int64_t B, int element_bytes) {
+// Tensor cores where the architecture that the kernels were compiled for has them for the type;
+// blocks of 8 rows for small batches, so that units fill the device, and of 32 otherwise, so that
+// weights are read by fewer blocks. Results depend on the first choice only.
+CudaPlan make_cuda_plan(const CudaCall& call, int64_t B, CudaType type) {
   CudaPlan plan{};
-  const bool allowed = element_bytes == 2 || (element_bytes == 4 && call.tf32);
-  plan.tensor_cores = allowed && kernel_architecture(call.device) >= 80;
+  const int least = tensor_cores_from(type, call.tf32);
+  plan.tensor_cores = least > 0 && kernel_architecture(call.device) >= least;
   plan.row_tiles = B <= 8 ? 1 : 4;
   return plan;
 }

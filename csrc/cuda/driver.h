@@ -20,13 +20,15 @@ struct CudaCall {
   bool tf32;        // float32 products may round their factors to TF32
 };
 
+enum class CudaType { float64, float32, float16, bfloat16 };
+
 // How the recurrence of one call runs. The only function that decides is make_cuda_plan.
 struct CudaPlan {
   bool tensor_cores;
   int row_tiles;  // of 8 rows, a block
 };
 
-CudaPlan make_cuda_plan(const CudaCall& call, int64_t B, int element_bytes);
+CudaPlan make_cuda_plan(const CudaCall& call, int64_t B, CudaType type);
 
 // Why this build cannot run on a device; empty if it can.
 std::string device_problem(int device);

@@ -254,13 +254,24 @@ Status with_rows(const CudaPlan& plan, Run&& run) {
                              : run(Product{}, std::integral_constant<int, 4>{});
 }
 
+// float64 never runs on tensor cores, float16 always: every device has them.
 template <class T, class Run>
 Status with_plan(const CudaPlan& plan, Run&& run) {
-  if constexpr (!std::is_same_v<T, double>) {
-    if (plan.tensor_cores) return with_rows<TensorProduct<T>>(plan, run);
+  if constexpr (std::is_same_v<T, double>) {
+    return with_rows<ExactProduct<T>>(plan, run);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return with_rows<TensorProduct<T>>(plan, run);
+  } else {
+    return plan.tensor_cores ? with_rows<TensorProduct<T>>(plan, run)
+                             : with_rows<ExactProduct<T>>(plan, run);
   }
-  return with_rows<ExactProduct<T>>(plan, run);
 }
+
+template <class T>
+constexpr CudaType cuda_type = std::is_same_v<T, double>   ? CudaType::float64
+                               : std::is_same_v<T, float>  ? CudaType::float32
+                               : std::is_same_v<T, __half> ? CudaType::float16
+                                                           : CudaType::bfloat16;
 
 template <class Cell, class Problem, class Run>
 Status with_projection(const Problem& p, Run&& run) {
@@ -328,7 +339,7 @@ Status run_call(int cell, const Problem& problem, const CudaCall& call, Run&& ru
   if (status != Status::ok) return status;
   const DeviceGuard guard(call.device);
   if (guard.error() != cudaSuccess) return device_failed(guard.error());
-  return run(make_cuda_plan(call, problem.seq.B, sizeof(T)));
+  return run(make_cuda_plan(call, problem.seq.B, cuda_type<T>));
 }
 
 template <class T>

@@ -37,6 +37,9 @@ _NAMES = {
 }
 
 
+_WHY_NOT = "no CUDA compiler was found, or RNNKERN_CUDA=OFF was set, when it was built"
+
+
 def uses_tf32() -> bool:
     """Return whether torch's own RNN would use TF32 for float32 data."""
     rnn = getattr(torch.backends.cudnn, "rnn", None)
@@ -132,7 +135,7 @@ def missing(index: int) -> str | None:
 def _missing(index: int) -> str | None:
     native = cuda_module()
     if native is None:
-        reason = "this build has no CUDA kernels (no CUDA compiler was found)"
+        reason = f"this build has no CUDA kernels ({_WHY_NOT})"
     else:
         with _current(torch.device("cuda", index)) if torch.cuda.is_available() else nullcontext():
             problem: str = native.device_problem(index)
@@ -144,9 +147,8 @@ def _missing(index: int) -> str | None:
 
 def plan(data: Tensor, dtype: torch.dtype, B: int) -> dict[str, Any]:
     """Return how the kernels would run `B` rows of data of a type, where they do."""
-    chosen: dict[str, Any] = cuda_module().plan(
-        data.device.index or 0, uses_tf32(), B, torch.empty((), dtype=dtype).element_size()
-    )
+    index = data.device.index or 0
+    chosen: dict[str, Any] = cuda_module().plan(index, uses_tf32(), B, _NAMES[dtype])
     return chosen
 
 
@@ -174,7 +176,7 @@ def _without_autocast() -> AbstractContextManager[object]:
 def _backend() -> Cuda:
     native = cuda_module()
     if native is None:
-        raise RuntimeError("rnnkern: this build has no CUDA kernels (no CUDA compiler was found)")
+        raise RuntimeError(f"rnnkern: this build has no CUDA kernels ({_WHY_NOT})")
     return Cuda(native)
 
 

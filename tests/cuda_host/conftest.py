@@ -7,7 +7,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import leaves, run_op
 from cuda_host.build import NAME, build, build_probe
 from rnnkern import cuda, kernels
+from rnnkern.arguments import LayerInputs
+from torch import Tensor
 
 
 class Launches(NamedTuple):
@@ -107,3 +110,21 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     built.drop_barrier(-1)
     built.drop_grid_barrier(-1)
     built.device_size()
+
+
+def shows(args: LayerInputs, backward: bool, drop: Callable[[], None]) -> bool:
+    """Whether forward's or backward's results are others once `drop` has been called."""
+    own = leaves(args)
+    loss = run_op(own)[0].sum()
+
+    def run() -> tuple[Tensor, ...]:
+        if backward:
+            return torch.autograd.grad(loss, [own.input, own.h0], retain_graph=True)
+        return run_op(args)
+
+    wanted = run()
+    drop()
+    try:
+        return not all(map(torch.equal, run(), wanted))
+    except RuntimeError as error:
+        return "cudaErrorLaunchFailure" in str(error)  # the shim itself saw that threads parted

@@ -22,7 +22,7 @@ from cases import (
     run_op,
     same_bits,
 )
-from cuda_host.conftest import Host
+from cuda_host.conftest import Host, shows
 from rnnkern import cuda
 from rnnkern.cells import CELLS
 from rnnkern.ops import DIFFERENTIABLE
@@ -31,22 +31,36 @@ from torch import nn
 
 EXACT = (torch.float32, torch.float64)
 NARROW = (torch.float16, torch.bfloat16)
-SIZES = [(1, 1), (3, 7), (17, 33), (3, 96)]
+BATCHES, WIDTHS = (1, 3, 17), (1, 7, 33, 96)
 
 
 def sized(B: int, H: int) -> list[Case]:
     cases = feature_cases(T=4, B=B, I=3, H=H)
-    if H == 1:
-        return [c for c in cases if not c.P]
     return [dataclasses.replace(c, P=H // 2 + 1) if c.P else c for c in cases]
 
 
-def cases_of(*sizes: tuple[int, int]) -> Any:
-    cases = [case for size in sizes for case in sized(*size)]
+def spread() -> list[Case]:
+    """Return every case of `feature_cases` with every width; every cell meets every (B,H)."""
+    return [
+        case
+        for h, H in enumerate(WIDTHS)
+        for b, B in enumerate(BATCHES)
+        for i, case in enumerate(sized(B, H))
+        if (i + b + h) % len(BATCHES) == 0 and case.P < H
+    ]
+
+
+def cases_of(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", cases, ids=str)
 
 
-@cases_of(*SIZES)
+def test_every_cell_meets_every_size() -> None:
+    for cell in CELLS:
+        met = {(c.B, c.H) for c in spread() if c.cell == cell}
+        assert met == {(B, H) for B in BATCHES for H in WIDTHS}
+
+
+@cases_of(spread())
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_exact(host: Host, case: Case, dtype: torch.dtype) -> None:
     args = build(case, dtype)
@@ -58,18 +72,19 @@ def gradients_of(case: Case) -> tuple[str, ...]:
     return () if case.cell == "rnn_relu" else DIFFERENTIABLE
 
 
-@cases_of(*SIZES[1:])
+@cases_of(spread())
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-@pytest.mark.parametrize("device", [0, 1], ids=["tensor_cores", "without"])
+@pytest.mark.parametrize("device", [0, 1], ids=["sm_90", "sm_75"])
 def test_narrow(host: Host, case: Case, dtype: torch.dtype, device: int) -> None:
-    assert host.native.plan(device, False, case.B, 2)["tensor_cores"] is (device == 0)
+    plan = host.native.plan(device, False, case.B, str(dtype).removeprefix("torch."))
+    assert plan["tensor_cores"] is (device == 0 or dtype == torch.float16)
     args, needs = build(case, dtype), gradients_of(case)
     with host.operators(device):
         found = evaluate(args, needs=needs)
     assert_matches(found, expected(args, needs=needs), dtype=dtype)
 
 
-@cases_of(*SIZES)
+@cases_of(spread())
 def test_tf32(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "uses_tf32", lambda: True)
     args, needs = build(case, torch.float32), gradients_of(case)
@@ -77,7 +92,7 @@ def test_tf32(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_matches(found, wanted, dtype=torch.float16)  # which has as many bits of mantissa
 
 
-@cases_of((3, 7))
+@cases_of(sized(3, 7))
 @pytest.mark.parametrize("dtype", [*EXACT, *NARROW], ids=str)
 def test_inference_equals_training(host: Host, case: Case, dtype: torch.dtype) -> None:
     args = build(case, dtype)
@@ -85,7 +100,7 @@ def test_inference_equals_training(host: Host, case: Case, dtype: torch.dtype) -
     assert all(map(torch.equal, run_op(args, save=False), trained))
 
 
-@cases_of((17, 33))
+@cases_of(sized(17, 33))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_thread_order_does_not_matter(host: Host, case: Case, dtype: torch.dtype) -> None:
     args = build(case, dtype)
@@ -108,19 +123,25 @@ def test_a_row_does_not_depend_on_the_rows_of_its_block(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("B", [33, 70])
+def test_more_rows_than_a_block_takes(host: Host, cell: str, dtype: torch.dtype, B: int) -> None:
+    args = build(Case(cell, T=3, B=B, H=17, D=2, lengths=True, resets=True), dtype)
+    assert_matches(evaluate(args), expected(args), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("barrier", [0, 1, 2])
-def test_a_missing_barrier_shows(host: Host, dtype: torch.dtype, barrier: int) -> None:
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_missing_barrier_shows(
+    host: Host, cell: str, dtype: torch.dtype, barrier: int, backward: bool
+) -> None:
     """The test of these tests: without a barrier that the kernels need, results are wrong."""
     if dtype == torch.bfloat16 and barrier > 0:
         pytest.skip("the product on tensor cores has one barrier")
-    args = build(Case("lstm", T=3, B=3, I=3, H=96), dtype)
-    wanted = run_op(args)
-    host.drop_barrier(barrier)
-    try:
-        shown = not all(map(torch.equal, run_op(args), wanted))
-    except RuntimeError as error:
-        shown = "cudaErrorLaunchFailure" in str(error)  # the shim itself saw that threads parted
-    assert shown
+    args = build(Case(cell, T=3, B=3, I=3, H=96), dtype)
+    assert shows(args, backward, drop=lambda: host.drop_barrier(barrier))
 
 
 # ---- what only this backend does ----------------------------------------------------------------

@@ -7,7 +7,6 @@ blocks than the device holds at once, so that a block computes several tiles.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,10 +22,8 @@ from cases import (
     leaves,
     run_op,
 )
-from cuda_host.conftest import Host, Launches
-from rnnkern.arguments import LayerInputs
+from cuda_host.conftest import Host, Launches, shows
 from rnnkern.cells import CELLS
-from torch import Tensor
 
 EXACT, NARROW = torch.float32, torch.bfloat16
 THREADS = 128  # of a block
@@ -140,21 +137,3 @@ def test_a_missing_barrier_between_two_tiles_shows(host: Host, cell: str) -> Non
     host.device_size(2, THREADS)
     args = build(of_stages(cell, T=30, B=8, H=17), NARROW)
     assert shows(args, backward=False, drop=lambda: host.drop_barrier(1))
-
-
-def shows(args: LayerInputs, backward: bool, drop: Callable[[], None]) -> bool:
-    """Whether forward's or backward's results are others once `drop` has been called."""
-    own = leaves(args)
-    loss = run_op(own)[0].sum()
-
-    def run() -> tuple[Tensor, ...]:
-        if backward:
-            return torch.autograd.grad(loss, [own.input, own.h0], retain_graph=True)
-        return run_op(args)
-
-    wanted = run()
-    drop()
-    try:
-        return not all(map(torch.equal, run(), wanted))
-    except RuntimeError as error:
-        return "cudaErrorLaunchFailure" in str(error)  # the shim itself saw that threads parted
