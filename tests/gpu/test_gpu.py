@@ -185,6 +185,36 @@ def test_in_a_cuda_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_training_in_a_cuda_graph(name: str) -> None:
+    module = MODULES[name](16, 32).cuda()
+    x = torch.randn(7, 4, 16, device="cuda")
+
+    def step() -> None:
+        module(x)[0].square().sum().backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd's own set-up may not be captured
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    module.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = [p.grad for p in module.parameters()]
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        found = [g.clone() for g in captured if g is not None]
+        assert len(found) == len(captured)
+        module.zero_grad(set_to_none=True)
+        step()
+        for f, p in zip(found, module.parameters(), strict=True):
+            assert p.grad is not None
+            assert torch.equal(f, p.grad)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_two_streams_at_once(name: str) -> None:
     module = MODULES[name](64, 128).cuda()
     xs = [torch.randn(50, 16, 64, device="cuda") for _ in range(4)]
