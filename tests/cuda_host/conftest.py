@@ -103,7 +103,7 @@ def built(folder: Path) -> Host:
 @pytest.fixture
 def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """Run the operators on CPU tensors by the CUDA backend, with exact float32 products."""
-    monkeypatch.setattr(cuda, "uses_tf32", lambda: False)
+    monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
     built.seed(fixed_seed)
     with built.operators():
         yield built
