@@ -282,6 +282,23 @@ def test_what_watches_or_changes_operators_sees_them(
     assert not any(taken)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_tensors_that_left_a_transform(grad: bool) -> None:
+    """Torch's own modules look through their wrappers."""
+    module, x, hx = made("GRU", {}, torch.float32)
+    left: list[Tensor] = []
+
+    def inside(x: Tensor, hx: Tensor) -> Tensor:
+        left.extend((x, hx))
+        return x.sum() + hx.sum()
+
+    torch.func.grad(inside, argnums=(0, 1))(x, hx)
+    with torch.set_grad_enabled(grad):
+        wanted = module(x, hx)[0]
+        for given in ((left[0], hx), (x, left[1]), tuple(left)):
+            assert torch.equal(module(*given)[0], wanted)
+
+
 def test_bfloat16_without_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x, _ = made("LSTM", {}, torch.bfloat16)
     with use_isa("baseline"), counted(monkeypatch) as taken:
