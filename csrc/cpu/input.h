@@ -1,6 +1,7 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
-// reads a chunk while it is still in cache. Training overwrites x with the activated gates, which it
-// keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its chunk.
+// reads a chunk while it is still in cache. Training overwrites x with the activated gates, which
+// it keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its
+// chunk.
 #pragma once
 
 #include <type_traits>
