@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "cpu/team.h"
+
 namespace rnnkern {
 namespace {
 
@@ -49,9 +51,12 @@ double call_microseconds(const Work& work, Plan& plan) {
 
 }  // namespace
 
-Plan make_plan(const Work& work, int threads) {
+Plan make_plan(const Work& work, int requested) {
   Plan best;
   double best_time = call_microseconds(work, best);
+  // No team can be faster, and counting the CPUs would take longer than choosing.
+  if (best_time <= kTeamStart) return best;
+  const int threads = usable_threads(requested);
   const int max_directions = static_cast<int>(std::min<int64_t>(work.D, threads));
   // Powers of two, and all threads that are left: a few dozen candidates even for 64 threads.
   const auto next = [](int n, int most) { return n < most ? std::min(2 * n, most) : most + 1; };

@@ -30,6 +30,7 @@ struct Plan {
   int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
-Plan make_plan(const Work& work, int threads);
+// The cheapest plan of at most `requested` threads, and of no more than usable_threads() allows.
+Plan make_plan(const Work& work, int requested);
 
 }  // namespace rnnkern
