@@ -65,19 +65,18 @@ def run(
     tuple of Tensor
         y [T,B,D·P] and the final states.
     """
+    h0, c0 = (*(states or ()), None, None)[:2]
+    if layers == 1:
+        results: tuple[Tensor, ...] = _apply(form, input, h0, c0, *weights)
+        return results
     count, D = form.weights * form.directions, form.directions
-    both = (None, None) if states is None else (states[0], states[1] if len(states) == 2 else None)
     y, finals = input, []
     for layer in range(layers):
-        h0, c0 = both
-        if layers > 1:
-            rows = slice(layer * D, (layer + 1) * D)
-            h0, c0 = (None if s is None else s[rows] for s in both)
-        y, *final = _apply(form, y, h0, c0, *weights[layer * count : (layer + 1) * count])
+        rows = slice(layer * D, (layer + 1) * D)
+        both = (None if s is None else s[rows] for s in (h0, c0))
+        y, *final = _apply(form, y, *both, *weights[layer * count : (layer + 1) * count])
         finals.append(final)
         form = form._replace(batch_first=False)
-    if layers == 1:
-        return (y, *finals[0])
     return (y, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
 
