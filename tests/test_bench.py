@@ -246,7 +246,8 @@ def test_contenders_agree(case: Case) -> None:
         except AbsentError:
             absent.append(name)
             continue
-        check(contender, contender.call(), reference, case.dtype)
+        with contenders.grad_mode(case):
+            check(contender, contender.call(), reference, case.dtype)
     assert absent in ([], ["onnxruntime"])
 
 
