@@ -25,6 +25,12 @@ struct Step {
   int64_t offset;  // packed data: the first row of this step
 };
 
+// Step t of a sequence whose `active` and `offset` lie where this runs.
+RNNKERN_HD Step step_at(const Sequence& seq, int64_t t) {
+  if (t < 0 || t >= seq.T) return {-1, 0, 0};
+  return {t, seq.rows_at(t), seq.offset ? seq.offset[t] : 0};
+}
+
 __device__ __forceinline__ bool valid_length(const Sequence& seq, int64_t j) {
   return !seq.lengths || (seq.lengths[j] >= 0 && seq.lengths[j] <= seq.T);
 }

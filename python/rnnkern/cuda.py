@@ -7,10 +7,11 @@ result of their row NaN.
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from rnnkern.checks import (
 )
 from rnnkern.kernels import Backend, Backward, Steps, address
 
+Plan: TypeAlias = dict[str, dict[str, Any]]
 _NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -37,6 +39,7 @@ _NAMES = {
 }
 
 
+PLANS = ("stepwise", "persistent")
 _WHY_NOT = "no CUDA compiler was found, or RNNKERN_CUDA=OFF was set, when it was built"
 
 
@@ -45,6 +48,20 @@ def uses_tf32() -> bool:
     rnn = getattr(torch.backends.cudnn, "rnn", None)
     precision = getattr(rnn, "fp32_precision", None)  # from torch 2.9 on
     return bool(torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32")
+
+
+def pinned_plan() -> str:
+    """Return which plan ``RNNKERN_CUDA_PLAN`` asks for; the first of `PLANS` where it is not set.
+
+    Raises
+    ------
+    ValueError
+        If it is set to anything else.
+    """
+    name = os.environ.get("RNNKERN_CUDA_PLAN", PLANS[0])
+    if name not in PLANS:
+        raise ValueError(f"RNNKERN_CUDA_PLAN: expected {' or '.join(PLANS)}, got {name!r}")
+    return name
 
 
 class Cuda(Backend):
@@ -110,12 +127,24 @@ class Cuda(Backend):
     def _run(self, which: str, cell: Cell, like: Tensor, problem: tuple[Any, ...]) -> None:
         run = getattr(self._native, f"{which}_{_NAMES[like.dtype]}")
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        device, tf32 = like.device.index if like.is_cuda else self._device, uses_tf32()
-        size = run(cell.index, (device, stream, 0, tf32), *problem)
+        device = like.device.index if like.is_cuda else self._device
+        how = (uses_tf32(), pinned_plan() == "persistent")
+        size = run(cell.index, (device, stream, 0, *how), *problem)
         # The allocator hands it on only to work that comes later on the same stream.
         workspace = like.new_empty(size, dtype=torch.uint8)
         with _current(like.device):
-            run(cell.index, (device, stream, workspace.data_ptr(), tf32), *problem)
+            run(cell.index, (device, stream, workspace.data_ptr(), *how), *problem)
+
+    def plan(
+        self, cell: Cell, data: Tensor, dtype: torch.dtype, B: int, H: int, D: int, P: int
+    ) -> Plan:
+        """Return how forward and backward would run `B` rows; `P` is 0 without a projection."""
+        device = data.device.index if data.is_cuda else self._device
+        where = (device, 0, 0, uses_tf32(), pinned_plan() == "persistent")
+        chosen: Plan = getattr(self._native, f"plan_{_NAMES[dtype]}")(
+            cell.index, where, (B, H, D, P > 0)
+        )
+        return chosen
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -145,11 +174,9 @@ def _missing(index: int) -> str | None:
     return reason or None
 
 
-def plan(data: Tensor, dtype: torch.dtype, B: int) -> dict[str, Any]:
+def plan(cell: Cell, data: Tensor, dtype: torch.dtype, B: int, H: int, D: int, P: int) -> Plan:
     """Return how the kernels would run `B` rows of data of a type, where they do."""
-    index = data.device.index or 0
-    chosen: dict[str, Any] = cuda_module().plan(index, uses_tf32(), B, _NAMES[dtype])
-    return chosen
+    return _backend().plan(cell, data, dtype, B, H, D, P)
 
 
 def summary() -> str:

@@ -22,7 +22,7 @@ from cases import (
     run_op,
     same_bits,
 )
-from cuda_host.conftest import Host, shows
+from cuda_host.conftest import Host, plan_of, shows
 from rnnkern import cuda
 from rnnkern.cells import CELLS
 from rnnkern.ops import DIFFERENTIABLE
@@ -76,9 +76,9 @@ def gradients_of(case: Case) -> tuple[str, ...]:
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("device", [0, 1], ids=["sm_90", "sm_75"])
 def test_narrow(host: Host, case: Case, dtype: torch.dtype, device: int) -> None:
-    plan = host.native.plan(device, False, case.B, str(dtype).removeprefix("torch."))
-    assert plan["tensor_cores"] is (device == 0 or dtype == torch.float16)
     args, needs = build(case, dtype), gradients_of(case)
+    for plan in plan_of(host, case, dtype, device).values():
+        assert plan["tensor_cores"] is (device == 0 or dtype == torch.float16)
     with host.operators(device):
         found = evaluate(args, needs=needs)
     assert_matches(found, expected(args, needs=needs), dtype=dtype)
