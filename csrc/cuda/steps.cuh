@@ -1,7 +1,7 @@
 // What the kernels of both passes share: one step as a kernel sees it, and where its rows are.
 //
-// The driver launches one grid a step, for all directions at once. A step of one stage has a block
-// for each tile. Where a step has several, each needs all of the one before: the whole grid waits
+// But for the persistent kernel (persistent.cuh), the driver launches one grid a step, for all
+// directions at once. A step of one stage has a block for each tile. Where a step has several, each needs all of the one before: the whole grid waits
 // between them, and as it can be no larger than what the device runs at once, its blocks share the
 // tiles of every stage.
 //

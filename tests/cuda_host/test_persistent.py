@@ -42,9 +42,13 @@ def cases_of(*sizes: tuple[int, int], T: int = 4) -> list[Case]:
 
 
 def spread() -> list[tuple[Case, int]]:
-    """Return every case of every size with one number of groups; every size meets each number."""
-    cases = cases_of(*SIZES, (70, 33), T=3)
-    return [(case, GROUPS[(i + i // 5) % 3]) for i, case in enumerate(cases)]
+    """Return a third of all cases of every size, each with a number of groups."""
+    return [
+        (case, GROUPS[i // 3 % 3])
+        for first, size in enumerate([*SIZES, (70, 33)])
+        for i, case in enumerate(cases_of(size, T=3))
+        if i % 3 == first % 3
+    ]
 
 
 @contextmanager
