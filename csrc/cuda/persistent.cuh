@@ -7,14 +7,15 @@
 //
 //   grid (blocks of a group, groups, directions)      all of it on the device at once
 //
-//   for each step    x ahead │ wait │ r = R·h'   gate math   h │ arrive │ y, gates to backward, x ..
-//                    of its own     └─ all of the group's h' ┘
+//   for each step   x ahead │ wait │ r = R·h'  gate math  h │ arrive │ y, gates for backward
+//                   of its own     └ all of the group's h'
 //
 // Exchange: h goes through global memory, in two slots; a block that has written its part adds one
 // to the group's counter, and the next step begins when the counter says that all have. That a slot
 // is read out before anyone overwrites it follows: who writes it has waited for those that read it.
-// c, or all states of a group with a single tile of rows, stay in the registers of the thread that
-// owns the unit and row. Sums are those of the step-wise kernels, in their order.
+// The states of a group with a single tile of rows stay in the registers of the thread that owns
+// the unit and row; with more tiles that thread keeps c in the workspace. Sums are those of the
+// step-wise kernels, in their order.
 #pragma once
 
 #include "cuda/forward.cuh"

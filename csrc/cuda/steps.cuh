@@ -1,9 +1,9 @@
 // What the kernels of both passes share: one step as a kernel sees it, and where its rows are.
 //
 // But for the persistent kernel (persistent.cuh), the driver launches one grid a step, for all
-// directions at once. A step of one stage has a block for each tile. Where a step has several, each needs all of the one before: the whole grid waits
-// between them, and as it can be no larger than what the device runs at once, its blocks share the
-// tiles of every stage.
+// directions at once. A step of one stage has a block for each tile. Where a step has several, each
+// needs all of the one before: the whole grid waits between them, and as it can be no larger than
+// what the device runs at once, its blocks share the tiles of every stage.
 //
 // Packed rows of a step are the first `rows` ones; padded rows run while t < lengths[j] (a length
 // outside [0, T] is taken for T, and the row's initial state for NaN, so that the mistake shows in

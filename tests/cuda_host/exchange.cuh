@@ -1,5 +1,5 @@
-// How the probes' blocks exchange flags through global memory: as the kernels do, and by stores that
-// release. On the host those are plain accesses after which another thread may go on.
+// How the probes' blocks exchange flags through global memory: as the kernels do, and by stores
+// that release. On the host those are plain accesses after which another thread may go on.
 #pragma once
 
 #include <cuda_runtime.h>
