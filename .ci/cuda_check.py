@@ -4,7 +4,7 @@
     python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
     python .ci/cuda_check.py --list   also print registers and shared memory of each kernel
 
-Needs nvcc in PATH; without it, nothing is checked and the exit status is 0.
+Needs nvcc, where CMake finds it; without it, nothing is checked and the exit status is 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("80", "90a")
-ALL = ("75", "80", "86", "89", "90a", "120")
+WHEELS = re.search(r"wheel_archs ([^)]*)", (ROOT / "CMakeLists.txt").read_text())
+assert WHEELS is not None
+ALL = ("75", *re.findall(r"(\w+)-real", WHEELS[1]))
 TENSOR_TYPES = ("float16", "bfloat16", "float32")
 TYPES = (*TENSOR_TYPES, "float64")
 KERNEL = re.compile(
@@ -31,9 +33,23 @@ KERNEL = re.compile(
 )
 
 
+def find_nvcc() -> str | None:
+    """Return the compiler that CMake would take."""
+    places = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    found = (shutil.which("nvcc", path=str(Path(place) / "bin")) for place in places if place)
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or next(filter(None, found), None)
+
+
 def nvcc(*arguments: str) -> str:
     """Run the compiler and return what it says."""
-    command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", *arguments]
+    command = [
+        find_nvcc() or "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-fmad=false",
+        f"-I{ROOT / 'csrc'}",
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -80,7 +96,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
-    if shutil.which("nvcc") is None:
+    if find_nvcc() is None:
         print("no nvcc: the CUDA kernels are not compiled here")
         return 0
     architectures = ALL if options.all else FEW
@@ -94,7 +110,8 @@ def main() -> int:
             pool.submit(faults_of_ptx, s, a, folder)
             for s in sources
             if s.stem in TYPES
-            for a in (("75", "80") if s.stem == "float16" else ("80",))
+            for a in {*architectures, "75"}
+            if a != "75" or s.stem == "float16"
         ]
         wrong = [line for job in ptx for line in job.result()]
         count = 0

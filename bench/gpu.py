@@ -71,14 +71,16 @@ class Case:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Yield the grid, and the forms at one size each."""
+    """Yield the grid, and the forms at a few sizes each."""
     sizes = (256, 768) if quick else (128, 256, 512, 768, 1024, 2048)
     batches, steps = ((1, 64), (64,)) if quick else ((1, 16, 64, 256), (64, 1024))
     for cell, dtype in itertools.product(CELLS, DTYPES):
         for H, B, T in itertools.product(sizes, batches, steps):
             yield Case(cell, dtype, H, B, T)
         for form in ({"layers": 2}, {"bidirectional": True}, {"packed": True}):
-            yield Case(cell, dtype, 512, 64, 64 if quick else 256, **form)  # type: ignore[arg-type]
+            for H, B in ((512, 64),) if quick else ((256, 16), (512, 64), (1024, 256)):
+                for T in steps:
+                    yield Case(cell, dtype, H, B, T, **form)  # type: ignore[arg-type]
 
 
 def modules(case: Case) -> tuple[nn.Module, nn.Module]:

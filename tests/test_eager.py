@@ -93,22 +93,26 @@ def test_equal_to_the_general_way(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stated", [False, True], ids=["zeros", "hx"])
 @pytest.mark.parametrize(
+    "T", [1366, 3001]
+)  # two pieces, of which the second has few rows left; three
+@pytest.mark.parametrize(
     ("name", "options"),
     [
         ("LSTM", {"num_layers": 3, "proj_size": 3}),
         ("GRU", {"num_layers": 2, "batch_first": True}),
-        ("RNN", {"num_layers": 2, "bidirectional": True}),
+        ("RNN", {"num_layers": 2, "bidirectional": True}),  # never cut, and so is no bfloat16
     ],
 )
 def test_long_stacks_in_pieces(
     name: str,
     options: dict[str, Any],
+    T: int,
     stated: bool,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, _, hx = made(name, options, dtype)
-    x = torch.randn((3, 3001, 7) if module.batch_first else (3001, 3, 7), dtype=dtype)
+    x = torch.randn((3, T, 7) if module.batch_first else (T, 3, 7), dtype=dtype)
     args = (x, hx) if stated else (x,)
     with general_way(monkeypatch):
         general = {k: t.detach() for k, t in flat(module(*args)).items()}
@@ -276,6 +280,23 @@ def test_what_watches_or_changes_operators_sees_them(
     with torch.no_grad(), counted(monkeypatch) as taken, state():
         module(x)
     assert not any(taken)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_tensors_that_left_a_transform(grad: bool) -> None:
+    """Torch's own modules look through their wrappers."""
+    module, x, hx = made("GRU", {}, torch.float32)
+    left: list[Tensor] = []
+
+    def inside(x: Tensor, hx: Tensor) -> Tensor:
+        left.extend((x, hx))
+        return x.sum() + hx.sum()
+
+    torch.func.grad(inside, argnums=(0, 1))(x, hx)
+    with torch.set_grad_enabled(grad):
+        wanted = module(x, hx)[0]
+        for given in ((left[0], hx), (x, left[1]), tuple(left)):
+            assert torch.equal(module(*given)[0], wanted)
 
 
 def test_bfloat16_without_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ struct Sequence {
   const int64_t* lengths;  // [B], steps of each padded row (CUDA only); null: see active
 
   RNNKERN_HD int64_t rows_at(int64_t t) const { return active ? active[t] : B; }
-  // Rows of all data; not for CUDA's packed data, whose active lies on the device.
+  // Rows of all data. The host reads active and offset.
   int64_t data_rows() const { return offset ? offset[T - 1] + active[T - 1] : T * B; }
   RNNKERN_HD int64_t batch_row(int64_t j) const { return order ? order[j] : j; }
   int64_t data_row(const Rows& rows, int64_t t, int64_t j) const {

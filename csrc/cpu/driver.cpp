@@ -148,8 +148,8 @@ Status run(const LoopKernel<Problem>& kernel, const Problem& problem, int thread
 }
 
 template <class T, class Problem>
-Status check(int cell, const Problem& p) {
-  if (!kernels<T>()) return Status::unsupported_type;
+Status check(const CellKernels<T>* table, int cell, const Problem& p) {
+  if (!table) return Status::unsupported_type;
   if (cell < 0 || cell >= cell_count()) return Status::unknown_cell;
   return valid_sizes(p, cells[cell].projects) ? Status::ok : Status::bad_problem;
 }
@@ -181,33 +181,37 @@ bool select_isa(const char* name) {
 
 template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads) {
-  const Status status = check<T>(cell, problem);
+  const CellKernels<T>* table = kernels<T>();
+  const Status status = check(table, cell, problem);
   if (status != Status::ok) return status;
   prepare_outputs(cells[cell], problem);
-  return run(kernels<T>()[cell].forward, problem, threads);
+  return run(table[cell].forward, problem, threads);
 }
 
 template <class T>
 Status run_backward(int cell, const CpuBackwardProblem<T>& problem, int threads) {
-  const Status status = check<T>(cell, problem);
+  const CellKernels<T>* table = kernels<T>();
+  const Status status = check(table, cell, problem);
   if (status != Status::ok) return status;
   prepare_outputs(cells[cell], problem);
-  return run(kernels<T>()[cell].backward, problem, threads);
+  return run(table[cell].backward, problem, threads);
 }
 
 template <class T>
 Status plan_forward(int cell, const ForwardProblem<T>& problem, int threads, Plan& plan) {
-  const Status status = check<T>(cell, problem);
+  const CellKernels<T>* table = kernels<T>();
+  const Status status = check(table, cell, problem);
   if (status == Status::ok)
-    plan = make_plan(kernels<T>()[cell].forward.work(problem), usable_threads(threads));
+    plan = make_plan(table[cell].forward.work(problem), usable_threads(threads));
   return status;
 }
 
 template <class T>
 Status plan_backward(int cell, const CpuBackwardProblem<T>& problem, int threads, Plan& plan) {
-  const Status status = check<T>(cell, problem);
+  const CellKernels<T>* table = kernels<T>();
+  const Status status = check(table, cell, problem);
   if (status == Status::ok)
-    plan = make_plan(kernels<T>()[cell].backward.work(problem), usable_threads(threads));
+    plan = make_plan(table[cell].backward.work(problem), usable_threads(threads));
   return status;
 }
 

@@ -1,6 +1,7 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
-// reads a chunk while it is still in cache. Training overwrites x with the activated gates, which it
-// keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its chunk.
+// reads a chunk while it is still in cache. Training overwrites x with the activated gates, which
+// it keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its
+// chunk.
 #pragma once
 
 #include <type_traits>
@@ -15,14 +16,17 @@ class InputProduct {
   using A = Accumulator<T>;
   using W = Weights<T, G>;
   // A chunk of x: what stays in cache beside the weights, but rows enough to pay for reading W
-  // again.
-  static constexpr int64_t kChunkBytes = 256 << 10, kLeastRows = 48;
+  // again; more of them where W comes from far.
+  static constexpr int64_t kChunkBytes = 256 << 10, kLeastRows = 48, kLeastRowsFar = 256;
+  static constexpr int64_t kFarBytes = 8 << 20;
 
  public:
   InputProduct() = default;
   InputProduct(const ForwardProblem<T>& p, int d, Carver& carver) : p_(&p), io_(&p.dir[d]) {
     const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(A));
-    steps_ = clamp(maximum(kChunkBytes / bytes, kLeastRows) / p.seq.B, 1, p.seq.T);
+    const bool far = G * p.H * p.I * static_cast<int64_t>(sizeof(T)) > kFarBytes;
+    const int64_t least = far ? kLeastRowsFar : kLeastRows;
+    steps_ = clamp(maximum(kChunkBytes / bytes, least) / p.seq.B, 1, p.seq.T);
     w_ = {p.I, p.H, few_rows(p.seq) ? nullptr : carver.take<A>(W::size(p.I, p.H))};
     rows_ = p.x_rows;
     if constexpr (std::is_same_v<T, A>) in_place_ = p.training;

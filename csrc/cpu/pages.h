@@ -1,7 +1,7 @@
 // Huge pages for large arrays that are about to be written for the first time.
 //
-// A page of 4 KiB costs its first writer about 2 µs in the kernel; a training call at H = 512 writes
-// 18,000 fresh ones, which is 8 % of its time.
+// A page of 4 KiB costs its first writer about 2 µs in the system; a training call at H = 512
+// writes 18,000 fresh ones, which is 8 % of its time.
 #pragma once
 
 #include <cstdint>

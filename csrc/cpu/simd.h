@@ -142,8 +142,8 @@ RNNKERN_INLINE void store(T* p, Pack<T> a, int n) {
 }
 
 // The factors of a product, a register of them at a time, held as a Pack of the type that products
-// are summed in. Of float and double a lane holds one; of bfloat16 it holds two neighbours in k, and
-// takes both products at once.
+// are summed in. Of float and double a lane holds one; of bfloat16 it holds two neighbours in k,
+// and takes both products at once.
 template <class T>
 struct Factors {
   using P = Pack<T>;

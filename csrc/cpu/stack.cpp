@@ -11,7 +11,7 @@
 namespace rnnkern {
 namespace {
 
-// Rows of a piece: enough to pay for packing the weights again, by far.
+// The most rows of a piece. Half as many pay for packing the weights again, by far.
 constexpr int64_t kPieceRows = 4096;
 
 // Steps [begin, end) of one layer. A piece after the first goes on from the final states of the one
@@ -64,14 +64,16 @@ template <class T>
 Status run_stack(int cell, const StackProblem<T>& s, int threads) {
   if (s.D < 1 || s.D > kMaxDirections || s.T_ < 1 || s.B < 1) return Status::bad_problem;
   const int64_t width = s.D * s.P;
-  const int64_t piece = may_cut(s) ? std::clamp<int64_t>(kPieceRows / s.B, 1, s.T_) : s.T_;
+  const int64_t most = may_cut(s) ? std::clamp<int64_t>(kPieceRows / s.B, 1, s.T_) : s.T_;
+  // Nearly equal: a short last piece would be of few_rows, which are summed in another order.
+  const int64_t pieces = (s.T_ + most - 1) / most;
   std::unique_ptr<T[]> between[2];
   for (int i = 0; i < 2 && i < s.layers - 1; ++i) {
-    between[i].reset(new (std::nothrow) T[static_cast<size_t>(piece * s.B * width)]);
+    between[i].reset(new (std::nothrow) T[static_cast<size_t>(most * s.B * width)]);
     if (!between[i]) return Status::out_of_memory;
   }
-  for (int64_t begin = 0; begin < s.T_; begin += piece) {
-    const int64_t end = std::min(begin + piece, s.T_);
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t begin = s.T_ * i / pieces, end = s.T_ * (i + 1) / pieces;
     for (int64_t layer = 0; layer < s.layers; ++layer) {
       ForwardProblem<T> p = layer_problem(s, layer, begin, end);
       if (layer > 0) p.input = between[(layer - 1) % 2].get();

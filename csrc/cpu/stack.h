@@ -1,9 +1,9 @@
 // Inference through a stack of layers in one call, for callers to whom the way to the kernel
 // counts: padded data, whole rows, nothing kept for backward.
 //
-// A stack that runs forward in time goes through it in pieces of some thousand rows, each through
-// all layers, so that what lies between two layers does not grow with T. In two directions a layer
-// needs the whole output of the one before.
+// A stack of float or double that runs forward in time goes through it in pieces of some thousand
+// rows, each through all layers, so that what lies between two layers does not grow with T. In two
+// directions a layer needs the whole output of the one before; of bfloat16, c would be rounded.
 #pragma once
 
 #include "core/problem.h"

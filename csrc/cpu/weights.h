@@ -9,7 +9,8 @@
 //   k = 0 [ L lanes | L lanes | .. ]
 //   k = 1 [ ..
 //
-// (of bfloat16, a row for two neighbouring k, side by side in each lane) so every gate of a unit ends in the same lane. Units beyond the last are zero.
+// (of bfloat16, a row for two neighbouring k, side by side in each lane) so every gate of a unit
+// ends in the same lane. Units beyond the last are zero.
 //
 // Tile. MR operand rows × NU neighbouring blocks with all their gates; NU is chosen so that a tile
 // has 3 or 4 registers a row whatever the cell, MR is what the register file holds. Every output

@@ -11,6 +11,8 @@
 
 namespace rnnkern {
 
+constexpr int kPlainMemory = 48 << 10;  // bytes of shared memory that a block has without asking
+
 // For a call that may run a persistent kernel, also what that needs in any plan.
 template <class Cell, class T>
 size_t lay_out(ForwardCall<T>& s, const CudaCall& call) {
@@ -72,6 +74,9 @@ Status forward_steps(const ForwardProblem<typename Product::Data>& p, const Cuda
   using T = typename Product::Data;
   constexpr int first = Product::template memory<phase_gates<Cell, 0>, RN>();
   constexpr int last = Product::template memory<phase_gates<Cell, Cell::phases - 1>, RN>();
+  static_assert(Cell::phases == 1 || !Cell::projects,
+                "one array is the operand of a second phase or of a projection, not of both");
+  static_assert(first <= kPlainMemory && last <= kPlainMemory, "too many gates in one phase");
   const StepKernel<ForwardStep<T>> kernel{forward_step<Cell, Product, RN, projected>,
                                           kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
                                           first > last ? first : last};

@@ -140,15 +140,17 @@ def integers(
 
 
 def moved(t: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor on a device, where its copy may be queued, never waited for.
+    """Return a tensor on a device, where its copy is queued and not waited for.
 
-    A copy from pinned memory reads it only when its turn comes; the caller may have written to it
-    by then. One from pageable memory has read it when the call returns.
+    Pinned memory is read only when the copy's turn comes, and the caller may have written to it by
+    then; from pageable memory the driver may wait for its turn. So a pinned copy of our own is
+    sent, which torch's allocator hands on only when it has been read.
     """
     if t.device == torch.device(device):
         return t
-    queued = torch.device(device).type != "cpu"
-    return (t.clone() if queued and t.is_pinned() else t).to(device, non_blocking=queued)
+    if torch.device(device).type != "cuda" or t.device.type != "cpu":
+        return t.to(device)
+    return torch.empty_like(t, pin_memory=True).copy_(t).to(device, non_blocking=True)
 
 
 def _ranks(a: LayerInputs) -> None:

@@ -69,8 +69,11 @@ class _Cpu(Backend):
     def summed(self, dtype: torch.dtype) -> torch.dtype:
         return summed(dtype)
 
-    def project(self, a: LayerInputs, s: Sizes, save: bool) -> Tensor:
-        return a.input.new_empty((s.N, s.D * s.G * s.H) if save else 0)
+    def project(self, a: LayerInputs, s: Sizes, steps: Steps, save: bool) -> Tensor:
+        # The kernels of bfloat16 write the gates of the steps that run, the others x of every step.
+        partly = steps.ragged and a.input.dtype == torch.bfloat16
+        new = a.input.new_zeros if partly else a.input.new_empty
+        return new((s.N, s.D * s.G * s.H) if save else 0)
 
     def differentiate(self, run: Backward) -> None:
         """Let the kernels compute every gradient."""

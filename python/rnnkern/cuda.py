@@ -43,11 +43,35 @@ PLANS = ("stepwise", "persistent")
 _WHY_NOT = "no CUDA compiler was found, or RNNKERN_CUDA=OFF was set, when it was built"
 
 
-def uses_tf32() -> bool:
-    """Return whether torch's own RNN would use TF32 for float32 data."""
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    precision = getattr(rnn, "fp32_precision", None)  # from torch 2.9 on
-    return bool(torch.backends.cudnn.allow_tf32 if precision is None else precision == "tf32")
+def uses_tf32(T: int) -> bool:
+    """Return whether the recurrence may use TF32 for float32 data.
+
+    torch's layers are cuDNN's, unless that is disabled, and follow its flag; torch's cells are
+    products of their own and follow that of ``torch.backends.cuda.matmul``. A call of one step may
+    be either, and so needs both.
+    """
+    cudnn = torch.backends.cudnn
+    products = _allows_tf32(torch.backends.cuda.matmul)
+    if not cudnn.enabled:
+        return products
+    layers = _allows_tf32(cudnn.rnn) if hasattr(cudnn, "rnn") else bool(cudnn.allow_tf32)
+    return layers and (products or T > 1)
+
+
+def _allows_tf32(settings: Any) -> bool:
+    precision = getattr(settings, "fp32_precision", None)  # from torch 2.9 on
+    return bool(settings.allow_tf32 if precision is None else precision == "tf32")
+
+
+# What does not go away while a process lives; see _missing.
+_LASTING = (
+    "cudaErrorNoKernelImageForDevice",
+    "cudaErrorInsufficientDriver",
+    "cudaErrorUnsupportedPtxVersion",
+    "cudaErrorInvalidDevice",
+    "cudaErrorNoDevice",
+    "cudaErrorNotSupported",
+)
 
 
 def pinned_plan() -> str:
@@ -86,7 +110,7 @@ class Cuda(Backend):
         """Return float64 for float64, float32 for the others."""
         return torch.float64 if dtype == torch.float64 else torch.float32
 
-    def project(self, a: LayerInputs, s: Sizes, save: bool) -> Tensor:
+    def project(self, a: LayerInputs, s: Sizes, steps: Steps, save: bool) -> Tensor:
         """Return x, by one product."""
         return cuda_products.project(a, s)
 
@@ -128,7 +152,7 @@ class Cuda(Backend):
         run = getattr(self._native, f"{which}_{_NAMES[like.dtype]}")
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
         device = like.device.index if like.is_cuda else self._device
-        how = (uses_tf32(), pinned_plan() == "persistent")
+        how = (uses_tf32(T=problem[0][0]), pinned_plan() == "persistent")
         size = run(cell.index, (device, stream, 0, *how), *problem)
         # The allocator hands it on only to work that comes later on the same stream.
         workspace = like.new_empty(size, dtype=torch.uint8)
@@ -136,11 +160,11 @@ class Cuda(Backend):
             run(cell.index, (device, stream, workspace.data_ptr(), *how), *problem)
 
     def plan(
-        self, cell: Cell, data: Tensor, dtype: torch.dtype, B: int, H: int, D: int, P: int
+        self, cell: Cell, data: Tensor, dtype: torch.dtype, T: int, B: int, H: int, D: int, P: int
     ) -> Plan:
-        """Return how forward and backward would run `B` rows; `P` is 0 without a projection."""
+        """Return how both passes would run; `P` is 0 without a projection."""
         device = data.device.index if data.is_cuda else self._device
-        where = (device, 0, 0, uses_tf32(), pinned_plan() == "persistent")
+        where = (device, 0, 0, uses_tf32(T), pinned_plan() == "persistent")
         chosen: Plan = getattr(self._native, f"plan_{_NAMES[dtype]}")(
             cell.index, where, (B, H, D, P > 0)
         )
@@ -168,15 +192,19 @@ def _missing(index: int) -> str | None:
     else:
         with _current(torch.device("cuda", index)) if torch.cuda.is_available() else nullcontext():
             problem: str = native.device_problem(index)
+        if problem and not problem.startswith(_LASTING):  # out of memory, another kernel's fault
+            raise RuntimeError(f"rnnkern: device {index}: {problem}")
         reason = f"the CUDA kernels do not run on device {index} ({problem})" if problem else ""
     if reason:
         warnings.warn(f"rnnkern: {reason}; the reference runs instead", stacklevel=2)
     return reason or None
 
 
-def plan(cell: Cell, data: Tensor, dtype: torch.dtype, B: int, H: int, D: int, P: int) -> Plan:
-    """Return how the kernels would run `B` rows of data of a type, where they do."""
-    return _backend().plan(cell, data, dtype, B, H, D, P)
+def plan(
+    cell: Cell, data: Tensor, dtype: torch.dtype, T: int, B: int, H: int, D: int, P: int
+) -> Plan:
+    """Return how the kernels would run T steps of B rows of a type, where they do."""
+    return _backend().plan(cell, data, dtype, T, B, H, D, P)
 
 
 def summary() -> str:

@@ -188,7 +188,8 @@ def _readable(t: Tensor | None) -> bool:
     )
 
 
-# Function.apply itself looks at every argument for wrappers of torch.func, which `is_plain` did.
+# Function.apply would also unwrap tensors that have left a transform of torch.func behind; those
+# have no address and so do not come here.
 _apply: Any = super(torch.autograd.Function, _Layer).apply
 
 Incoming = tuple["Tensor | None", "Tensor | None", "Tensor | None"]

@@ -125,7 +125,7 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
     dtype = layers.autocast_dtype(data) if layers.autocasts(data) else data.dtype
     reason = layers.missing_kernel(data)
     if reason is not None:
-        return Explanation(name, "reference", reason, data.dtype, data.dtype)
+        return Explanation(name, "reference", reason, data.dtype, dtype)
     if isinstance(input, PackedSequence):
         T, B = input.batch_sizes.numel(), int(input.batch_sizes[0])
     elif isinstance(module, _Cell):
@@ -135,7 +135,7 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
         if batch_first and data.dim() == 3:
             T, B = B, T
     if data.is_cuda:
-        passes = cuda.plan(get_cell(name), data, dtype, max(B, 1), module.hidden_size, D, P)
+        passes = cuda.plan(get_cell(name), data, dtype, T, max(B, 1), module.hidden_size, D, P)
         return Explanation(name, "cuda", "", data.dtype, dtype, plan=passes)
     compute = cpu.computed(dtype)
     plan_of = cpu.KERNELS[compute].plan

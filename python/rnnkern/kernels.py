@@ -53,7 +53,7 @@ class Backend(ABC):
         """Check what steers the steps, and return it as the kernels read it."""
 
     @abstractmethod
-    def project(self, a: LayerInputs, s: Sizes, save: bool) -> Tensor:
+    def project(self, a: LayerInputs, s: Sizes, steps: Steps, save: bool) -> Tensor:
         """Return x [N,D·G·H], or only its place (with `save`) where the kernels compute it."""
 
     @abstractmethod
@@ -116,7 +116,7 @@ def layer(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     steps = backend.steps(a, s)
     a = _computed(a, backend.computed(dtype))
     new = a.input.new_zeros if steps.ragged else a.input.new_empty
-    x = backend.project(a, s, save)
+    x = backend.project(a, s, steps, save)
     y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
     h_prev = new((s.D, s.N, s.P) if save else 0)
     saved = new((s.D, s.N, cell.saved * s.H) if save else 0)

@@ -20,6 +20,7 @@ from rnnkern.arguments import LayerInputs, sizes_of
 from rnnkern.cells import Cell
 from rnnkern.checks import KERNEL_DTYPES, check_lengths, check_resets
 from rnnkern.ops import reference_layer
+from rnnkern.plain import alive
 
 States = tuple[Tensor, ...]
 # What torch calls its types in its own messages.
@@ -280,6 +281,7 @@ def _stack(
     reset_states: States | None,
     one_step: bool,
 ) -> tuple[Tensor, States]:
+    data, states, weights = alive(data), tuple(map(alive, states)), [*map(alive, weights)]
     dtypes = None
     if autocasts(data):
         # On a CPU not all of torch's results are narrow, and the kernel does not compute in every

@@ -32,3 +32,14 @@ def dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         and t.is_contiguous()
         and not t.is_neg()
     )
+
+
+def alive(t: Tensor) -> Tensor:
+    """Return what a tensor that has left its transform of ``torch.func`` is worth by itself.
+
+    torch's own operators look through such wrappers; they have no address.
+    """
+    if torch.compiler.is_compiling():
+        return t
+    found: Tensor = torch._C._functorch.unwrap_if_dead(t)
+    return found

@@ -84,7 +84,7 @@ class Host:
 def plan_of(host: Host, case: Case, dtype: torch.dtype, device: int = 0) -> cuda.Plan:
     """Return how forward and backward of a case run, as ``rnnkern.explain`` tells it."""
     backend, like = cuda.Cuda(host.native, device), torch.empty(0, dtype=dtype)
-    return backend.plan(get_cell(case.cell), like, dtype, case.B, case.H, case.D, case.P)
+    return backend.plan(get_cell(case.cell), like, dtype, case.T, case.B, case.H, case.D, case.P)
 
 
 FLAGS = os.environ.get("RNNKERN_HOST_FLAGS", "").split()
@@ -118,7 +118,7 @@ def built(folder: Path) -> Host:
 @pytest.fixture
 def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """Run the operators on CPU tensors by the CUDA backend, with exact float32 products."""
-    monkeypatch.setattr(cuda, "uses_tf32", lambda: False)
+    monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
     built.seed(fixed_seed)
     with built.operators():
         yield built

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,7 +87,10 @@ def test_narrow(host: Host, case: Case, dtype: torch.dtype, device: int) -> None
 
 @cases_of(spread())
 def test_tf32(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "uses_tf32", lambda: True)
+    monkeypatch.setattr(cuda, "uses_tf32", lambda T: True)
+    for device in (0, 1):  # sm_90, sm_75
+        for plan in plan_of(host, case, torch.float32, device).values():
+            assert plan["tensor_cores"] is (device == 0)
     args, needs = build(case, torch.float32), gradients_of(case)
     found, wanted = evaluate(args, needs=needs), expected(args, needs=needs)
     assert_matches(found, wanted, dtype=torch.float16)  # which has as many bits of mantissa
@@ -142,6 +146,29 @@ def test_a_missing_barrier_shows(
         pytest.skip("the product on tensor cores has one barrier")
     args = build(Case(cell, T=3, B=3, I=3, H=96), dtype)
     assert shows(args, backward, drop=lambda: host.drop_barrier(barrier))
+
+
+def test_tf32_in_both_of_torch_s_ways_to_say_so() -> None:
+    for allowed, precision in ((True, "tf32"), (False, "ieee"), (False, "none")):
+        assert cuda._allows_tf32(SimpleNamespace(fp32_precision=precision)) is allowed
+        assert cuda._allows_tf32(SimpleNamespace(allow_tf32=allowed)) is allowed
+    assert cuda._allows_tf32(torch.backends.cuda.matmul) is False  # torch's default
+    assert cuda._allows_tf32(torch.backends.cudnn.rnn) is True
+
+
+@pytest.mark.parametrize("layers", [False, True], ids=["cudnn_exact", "cudnn_tf32"])
+@pytest.mark.parametrize("products", [False, True], ids=["matmul_exact", "matmul_tf32"])
+@pytest.mark.parametrize("cudnn", [False, True], ids=["without_cudnn", "with_cudnn"])
+def test_tf32_where_torch_uses_it(
+    layers: bool, products: bool, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allows(settings: Any) -> bool:
+        return products if settings is torch.backends.cuda.matmul else layers
+
+    monkeypatch.setattr(cuda, "_allows_tf32", allows)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
+    assert cuda.uses_tf32(T=9) == (layers if cudnn else products)
+    assert cuda.uses_tf32(T=1) == (layers and products if cudnn else products)
 
 
 # ---- what only this backend does ----------------------------------------------------------------

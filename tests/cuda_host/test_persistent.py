@@ -110,7 +110,7 @@ def test_the_cases_meet_every_kind_of_plan(host: Host) -> None:
 
 @pytest.mark.parametrize("case", cases_of((3, 33), (17, 7)), ids=str)
 def test_tf32(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "uses_tf32", lambda: True)
+    monkeypatch.setattr(cuda, "uses_tf32", lambda T: True)
     assert_same_as_stepwise(host, build(case, torch.float32), torch.float16)  # as many bits
 
 

@@ -24,7 +24,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         if cuda_module() is None:
             pytest.skip("a build without CUDA kernels")
         assert cuda.missing(torch.cuda.current_device()) is None
-        monkeypatch.setattr(cuda, "uses_tf32", lambda: False)
+        monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     yield name
     if name == "cuda":

@@ -81,7 +81,7 @@ def sized(B: int, H: int) -> list[Case]:
 def test_against_the_reference(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "uses_tf32", lambda: False)
+    monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
     args = build(case, dtype)
     narrow_relu = case.cell == "rnn_relu" and dtype in (torch.float16, torch.bfloat16)
     needs = () if narrow_relu else DIFFERENTIABLE
@@ -152,7 +152,7 @@ def test_modules_against_cudnn(name: str, dtype: torch.dtype, packed: bool) -> N
     for a, b in zip(gradients(ours, data, x), gradients(theirs, data, x), strict=True):
         assert a.dtype == b.dtype
         limit = tolerance * max(1.0, float(b.abs().max()))
-        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=limit)
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -60,15 +60,19 @@ def test_what_steers_may_lie_on_the_host(device: str, case: Case) -> None:
     assert_identical(evaluate(mixed), evaluate(there))
 
 
-def test_a_queued_copy_never_reads_the_callers_pinned_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lengths = torch.tensor([3, 1, 2])
-    monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
+def test_a_queued_copy_never_reads_the_callers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, pinned, empty_like = torch.tensor([3, 1, 2]), [], torch.empty_like
+
+    def pinned_like(t: Tensor, *, pin_memory: bool) -> Tensor:
+        pinned.append(pin_memory)
+        return empty_like(t)
+
+    monkeypatch.setattr(torch, "empty_like", pinned_like)
     monkeypatch.setattr(Tensor, "to", lambda t, *_, **options: options["non_blocking"] and t)
     copied = moved(lengths, "cuda:0")
     lengths.zero_()
     assert copied.tolist() == [3, 1, 2]
+    assert pinned == [True]
 
 
 @cases

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from cases import Case, build, cotangents, feature_cases, leaves, run_op
@@ -68,11 +70,29 @@ def test_layer_backward_under_aot_dispatch(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_narrow_types(cell: str, dtype: torch.dtype) -> None:
-    args = leaves(build(Case(cell, D=2), dtype))
+    args = leaves(build(Case(cell, D=2, lengths=True), dtype))
     torch.library.opcheck(torch.ops.rnnkern.layer.default, (*args, True), test_utils=QUICK)
     torch.library.opcheck(
         torch.ops.rnnkern.layer_backward.default, backward_arguments(args), test_utils=QUICK
     )
+
+
+@pytest.fixture
+def _fresh_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # which fills it
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_fresh_memory_is_nan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", feature_cases(T=6, B=5, H=9), ids=str)
+def test_every_element_of_every_output_is_written(case: Case, dtype: torch.dtype) -> None:
+    args = leaves(build(case, dtype))
+    for save in (True, False):
+        assert not any(t.isnan().any() for t in torch.ops.rnnkern.layer(*args, save))
+    for gradient in torch.ops.rnnkern.layer_backward(*backward_arguments(args)):
+        assert not gradient.isnan().any()
 
 
 @pytest.mark.parametrize("cell", CELLS)
