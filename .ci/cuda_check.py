@@ -3,6 +3,7 @@
     python .ci/cuda_check.py          for the architectures of a build without a GPU
     python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
     python .ci/cuda_check.py --list   also print registers and shared memory of each kernel
+    python .ci/cuda_check.py --nvcc   print the compiler, or nothing, and check nothing
 
 Needs nvcc, where CMake finds it; without it, nothing is checked and the exit status is 0.
 """
@@ -95,7 +96,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--nvcc", action="store_true")
     options = parser.parse_args()
+    if options.nvcc:
+        print(find_nvcc() or "")
+        return 0
     if find_nvcc() is None:
         print("no nvcc: the CUDA kernels are not compiled here")
         return 0

@@ -69,6 +69,18 @@ def made(name: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[nn.Mod
     return module, x, hx
 
 
+def assert_both_ways_agree(
+    module: nn.Module, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with general_way(monkeypatch):
+        general = {k: t.detach() for k, t in flat(module(*args)).items()}
+    with torch.no_grad(), counted(monkeypatch) as taken:
+        found = flat(module(*args))
+    assert taken == [True]
+    assert_identical(found, general)
+    assert [t.stride() for t in found.values()] == [t.stride() for t in general.values()]
+
+
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stated", [False, True], ids=["zeros", "hx"])
@@ -80,21 +92,13 @@ def test_equal_to_the_general_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, x, hx = made(name, options, dtype)
-    args = (x, hx) if stated else (x,)
-    with general_way(monkeypatch):
-        general = {k: t.detach() for k, t in flat(module(*args)).items()}
-    with torch.no_grad(), counted(monkeypatch) as taken:
-        found = flat(module(*args))
-    assert taken == [True]
-    assert_identical(found, general)
-    assert [t.stride() for t in found.values()] == [t.stride() for t in general.values()]
+    assert_both_ways_agree(module, (x, hx) if stated else (x,), monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stated", [False, True], ids=["zeros", "hx"])
-@pytest.mark.parametrize(
-    "T", [1366, 3001]
-)  # two pieces, of which the second has few rows left; three
+# Two pieces, of which the second would have few rows if they were not nearly equal; three.
+@pytest.mark.parametrize("T", [1366, 3001])
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -113,13 +117,7 @@ def test_long_stacks_in_pieces(
 ) -> None:
     module, _, hx = made(name, options, dtype)
     x = torch.randn((3, T, 7) if module.batch_first else (T, 3, 7), dtype=dtype)
-    args = (x, hx) if stated else (x,)
-    with general_way(monkeypatch):
-        general = {k: t.detach() for k, t in flat(module(*args)).items()}
-    with torch.no_grad(), counted(monkeypatch) as taken:
-        found = flat(module(*args))
-    assert taken == [True]
-    assert_identical(found, general)
+    assert_both_ways_agree(module, (x, hx) if stated else (x,), monkeypatch)
 
 
 def gradients(module: nn.Module, x: Tensor, hx: Any) -> dict[str, Tensor]:

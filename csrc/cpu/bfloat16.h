@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/accumulator.h"
 #include "core/problem.h"
 
 namespace rnnkern {
@@ -10,18 +11,6 @@ namespace rnnkern {
 struct Bfloat16 {
   uint16_t bits;
 };
-
-template <class T>
-struct AccumulateIn {
-  using type = T;
-};
-template <>
-struct AccumulateIn<Bfloat16> {
-  using type = float;
-};
-// What data of a type is computed with and summed in.
-template <class T>
-using Accumulator = typename AccumulateIn<T>::type;
 
 template <class T>
 using CpuBackwardProblem = BackwardProblem<T, Accumulator<T>>;

@@ -147,11 +147,14 @@ Status run(const LoopKernel<Problem>& kernel, const Problem& problem, int thread
   return Status::ok;
 }
 
-template <class T, class Problem>
-Status check(const CellKernels<T>* table, int cell, const Problem& p) {
+// Hands the cell's kernels to `use` if the selected ISA has them and they can run the problem.
+template <class T, class Problem, class Use>
+Status with_kernels(int cell, const Problem& p, Use&& use) {
+  const CellKernels<T>* table = kernels<T>();
   if (!table) return Status::unsupported_type;
   if (cell < 0 || cell >= cell_count()) return Status::unknown_cell;
-  return valid_sizes(p, cells[cell].projects) ? Status::ok : Status::bad_problem;
+  if (!valid_sizes(p, cells[cell].projects)) return Status::bad_problem;
+  return use(table[cell]);
 }
 
 }  // namespace
@@ -181,38 +184,34 @@ bool select_isa(const char* name) {
 
 template <class T>
 Status run_forward(int cell, const ForwardProblem<T>& problem, int threads) {
-  const CellKernels<T>* table = kernels<T>();
-  const Status status = check(table, cell, problem);
-  if (status != Status::ok) return status;
-  prepare_outputs(cells[cell], problem);
-  return run(table[cell].forward, problem, threads);
+  return with_kernels<T>(cell, problem, [&](const CellKernels<T>& own) {
+    prepare_outputs(cells[cell], problem);
+    return run(own.forward, problem, threads);
+  });
 }
 
 template <class T>
 Status run_backward(int cell, const CpuBackwardProblem<T>& problem, int threads) {
-  const CellKernels<T>* table = kernels<T>();
-  const Status status = check(table, cell, problem);
-  if (status != Status::ok) return status;
-  prepare_outputs(cells[cell], problem);
-  return run(table[cell].backward, problem, threads);
+  return with_kernels<T>(cell, problem, [&](const CellKernels<T>& own) {
+    prepare_outputs(cells[cell], problem);
+    return run(own.backward, problem, threads);
+  });
 }
 
 template <class T>
 Status plan_forward(int cell, const ForwardProblem<T>& problem, int threads, Plan& plan) {
-  const CellKernels<T>* table = kernels<T>();
-  const Status status = check(table, cell, problem);
-  if (status == Status::ok)
-    plan = make_plan(table[cell].forward.work(problem), usable_threads(threads));
-  return status;
+  return with_kernels<T>(cell, problem, [&](const CellKernels<T>& own) {
+    plan = make_plan(own.forward.work(problem), usable_threads(threads));
+    return Status::ok;
+  });
 }
 
 template <class T>
 Status plan_backward(int cell, const CpuBackwardProblem<T>& problem, int threads, Plan& plan) {
-  const CellKernels<T>* table = kernels<T>();
-  const Status status = check(table, cell, problem);
-  if (status == Status::ok)
-    plan = make_plan(table[cell].backward.work(problem), usable_threads(threads));
-  return status;
+  return with_kernels<T>(cell, problem, [&](const CellKernels<T>& own) {
+    plan = make_plan(own.backward.work(problem), usable_threads(threads));
+    return Status::ok;
+  });
 }
 
 #define RNNKERN_CPU_TYPE(T)                                                   \

@@ -3,21 +3,11 @@
 // are found from the cell headers.
 #pragma once
 
+#include "core/accumulator.h"
 #include "core/host_device.h"
 #include "cuda/intrinsics.cuh"
 
 namespace rnnkern {
-
-template <class T>
-struct AccumulateIn {
-  using type = float;
-};
-template <>
-struct AccumulateIn<double> {
-  using type = double;
-};
-template <class T>
-using Accumulator = typename AccumulateIn<T>::type;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }

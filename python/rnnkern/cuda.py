@@ -63,17 +63,6 @@ def _allows_tf32(settings: Any) -> bool:
     return bool(settings.allow_tf32 if precision is None else precision == "tf32")
 
 
-# What does not go away while a process lives; see _missing.
-_LASTING = (
-    "cudaErrorNoKernelImageForDevice",
-    "cudaErrorInsufficientDriver",
-    "cudaErrorUnsupportedPtxVersion",
-    "cudaErrorInvalidDevice",
-    "cudaErrorNoDevice",
-    "cudaErrorNotSupported",
-)
-
-
 def pinned_plan() -> str:
     """Return which plan ``RNNKERN_CUDA_PLAN`` asks for; the first of `PLANS` where it is not set.
 
@@ -192,7 +181,7 @@ def _missing(index: int) -> str | None:
     else:
         with _current(torch.device("cuda", index)) if torch.cuda.is_available() else nullcontext():
             problem: str = native.device_problem(index)
-        if problem and not problem.startswith(_LASTING):  # out of memory, another kernel's fault
+        if problem.startswith("cudaErrorMemoryAllocation"):  # passes: no reason for the reference
             raise RuntimeError(f"rnnkern: device {index}: {problem}")
         reason = f"the CUDA kernels do not run on device {index} ({problem})" if problem else ""
     if reason:

@@ -62,16 +62,13 @@ def run(
         T, B = B, T
     if 0 in (T, B, H) or not dense(input, dtype, (B, T, I) if batch_first else (T, B, I)):
         return None
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if wrapped(input):
-        return None  # left behind by a transform: it has no address
     widths = (P, H)[: cell.states]
     initial = [0, 0]
     if states is not None:
         if type(states) is not tuple or len(states) != cell.states:
             return None
         for k, state in enumerate(states):
-            if not dense(state, dtype, (layers * directions, B, widths[k])) or wrapped(state):
+            if not dense(state, dtype, (layers * directions, B, widths[k])):
                 return None
             initial[k] = state.data_ptr()
     addresses = _addresses(weights, dtype, cell.gates * H, sizes, directions, bias)

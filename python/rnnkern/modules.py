@@ -278,6 +278,7 @@ class _Cell(nn.RNNCellBase):
     """What the three cells share: one step of one layer."""
 
     def _cell_name(self) -> str:
+        """Return the cell's name in the registry; every subclass has its own."""
         raise NotImplementedError
 
     def _step(self, input: Tensor, hx: Any) -> States:

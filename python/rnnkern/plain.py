@@ -1,12 +1,12 @@
-"""Whether a call may go the short way of `rnnkern.eager`: plain tensors, nobody watching."""
+"""What tensors are: plain ones may go the short way of `rnnkern.eager` if nobody watches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
 from torch.autograd import forward_ad
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from torch.nn import Parameter
 
 
 def is_plain() -> bool:
@@ -25,7 +25,7 @@ def is_plain() -> bool:
 def dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     """Return whether a tensor is what the kernel reads: elements of one type side by side."""
     return (
-        type(t) in _PLAIN
+        (type(t) is Parameter or (type(t) is Tensor and not is_functorch_wrapped_tensor(t)))
         and t.shape == shape
         and t.dtype is dtype
         and t.is_cpu
@@ -41,5 +41,5 @@ def alive(t: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return t
-    found: Tensor = torch._C._functorch.unwrap_if_dead(t)
+    found: Tensor = unwrap_if_dead(t)
     return found

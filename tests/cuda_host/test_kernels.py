@@ -241,6 +241,16 @@ def test_without_kernels_the_reason_is_told_once(monkeypatch: pytest.MonkeyPatch
         cuda.layer(*build(Case("lstm")), False)
 
 
+def test_a_device_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ["cudaErrorMemoryAllocation: out of memory", ""]
+    native = SimpleNamespace(device_problem=lambda _: told.pop(0))
+    monkeypatch.setattr(cuda, "cuda_module", lambda: native)
+    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cuda.missing(0)
+    assert cuda.missing(0) is None
+
+
 def test_a_device_that_the_build_does_not_know(
     built: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
