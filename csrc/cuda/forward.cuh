@@ -6,6 +6,7 @@
 // Stages of a step: the phases of the cell, then the projection if there is one.
 #pragma once
 
+#include "cuda/exchange.cuh"
 #include "cuda/steps.cuh"
 
 namespace rnnkern {
@@ -15,12 +16,6 @@ struct ForwardScratch {
   T* h[2];            // [B,P] h' and the next h
   Accumulator<T>* c;  // [B,H]
   T* operand;         // [B,H] q of a two-phase cell, or m before the projection
-};
-
-// How the blocks of a persistent kernel tell each other of their steps; see persistent.cuh.
-struct Exchange {
-  uint64_t* arrived;  // counters of all groups, zero at first; null: a kernel for each step
-  int64_t words;
 };
 
 // Sequence::active and offset on the device, for a persistent kernel.

@@ -10,43 +10,18 @@
 //   for each step   x ahead │ wait │ r = R·h'  gate math  h │ arrive │ y, gates for backward
 //                   of its own     └ all of the group's h'
 //
-// Exchange: h goes through global memory, in two slots; a block that has written its part adds one
-// to the group's counter, and the next step begins when the counter says that all have. That a slot
-// is read out before anyone overwrites it follows: who writes it has waited for those that read it.
-// The states of a group with a single tile of rows stay in the registers of the thread that owns
-// the unit and row; with more tiles that thread keeps c in the workspace. Sums are those of the
-// step-wise kernels, in their order.
+// h goes through global memory; exchange.cuh says who waits for whom. The states of a group with a
+// single tile of rows stay in the registers of the thread that owns the unit and row; with more
+// tiles that thread keeps c in the workspace. Sums are those of the step-wise kernels, in their
+// order.
 #pragma once
 
+#include "cuda/exchange.cuh"
 #include "cuda/forward.cuh"
 
 namespace rnnkern {
 
 constexpr int kSequenceBlocks = 2;  // on a multiprocessor at least: leaves 255 registers a thread
-constexpr int kCounterWords = 16;   // counters of two groups are in different cache lines
-constexpr uint64_t kMostPolls = 1u << 27;  // about a minute, after which a wait is a fault
-
-// The blocks that wait for each other. Thread 0 speaks for its block: the barriers around it make
-// what it releases or acquires the whole block's.
-struct Group {
-  uint64_t* arrived;
-  uint64_t blocks;
-
-  // What this block has written is there for all that have waited for it.
-  __device__ void arrive() const {
-    __syncthreads();
-    if (blocks > 1 && threadIdx.x == 0) add_release(arrived, 1);
-  }
-  // Until every block has arrived `times` times.
-  __device__ void wait(uint64_t times) const {
-    if (blocks > 1 && threadIdx.x == 0) {
-      for (uint64_t polls = 0; load_acquire(arrived) < times * blocks; ++polls) {
-        if (polls == kMostPolls) __trap();
-      }
-    }
-    __syncthreads();
-  }
-};
 
 // What a thread knows of its unit of RN rows.
 template <class Cell, class T, int RN>
