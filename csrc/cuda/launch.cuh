@@ -119,8 +119,8 @@ void queue_steps(Queue& queue, ForwardCall<T>& s) {
 }
 
 template <class Cell, class Product, int RN>
-Status forward_at_once(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
-                       const CudaPlan& plan) {
+cudaError_t forward_at_once(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
+                            const CudaPlan& plan) {
   using T = typename Product::Data;
   ForwardCall<T> s{};
   s.p = p;
@@ -131,7 +131,7 @@ Status forward_at_once(const ForwardProblem<typename Product::Data>& p, const Cu
   const dim3 grid(static_cast<unsigned>(plan.blocks_of_group), static_cast<unsigned>(plan.groups),
                   static_cast<unsigned>(p.D));
   queue.launch(forward_sequence<Cell, Product, RN>, grid, {static_cast<int>(plan.memory), true}, s);
-  return queue.status();
+  return queue.error();
 }
 
 template <class Cell, class Product, int RN, bool projected>
@@ -237,7 +237,13 @@ Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaP
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
     if constexpr (Cell::phases == 1) {
-      if (plan.blocks_of_group > 0) return forward_at_once<Cell, Product, RN>(p, call, plan);
+      if (plan.blocks_of_group > 0) {
+        const cudaError_t error = forward_at_once<Cell, Product, RN>(p, call, plan);
+        if (error == cudaSuccess) return Status::ok;
+        const Status status = device_failed(error);
+        // A context may have less of the device than the device says. No step has run then.
+        if (error != cudaErrorCooperativeLaunchTooLarge) return status;
+      }
     }
     return with_projection<Cell>(p, [&](auto projected) {
       return forward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);

@@ -120,6 +120,7 @@ class Queue {
   void fail(cudaError_t error) {
     if (error_ == cudaSuccess) error_ = error;
   }
+  cudaError_t error() const { return error_; }
   Status status() const { return error_ == cudaSuccess ? Status::ok : device_failed(error_); }
 
  private:

@@ -71,9 +71,14 @@ class Host:
         """Let nobody wait between its n-th release and the next; -1: all do."""
         self.library.cuda_host_drop_wait(ctypes.c_long(index))
 
-    def device_size(self, multiprocessors: int = 4, threads: int = 1024) -> None:
-        """Let every device have so many multiprocessors of so many threads each."""
-        self.library.cuda_host_multiprocessors(multiprocessors)
+    def device_size(
+        self, multiprocessors: int = 4, threads: int = 1024, claimed: int | None = None
+    ) -> None:
+        """Let every device have so many multiprocessors of so many threads each.
+
+        It claims to have `claimed` of them, as in a context that has not all of the device.
+        """
+        self.library.cuda_host_multiprocessors(multiprocessors, claimed or multiprocessors)
         self.library.cuda_host_threads_of_multiprocessor(threads)
 
     def launches(self) -> Launches:

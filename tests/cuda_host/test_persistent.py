@@ -208,6 +208,17 @@ def test_what_does_not_fit_runs_step_by_step(host: Host, case: Case, device: int
         assert_matches(evaluate(args), expected(args), dtype=torch.float32)
 
 
+def test_a_refused_launch_is_made_up_for_step_by_step(host: Host) -> None:
+    case = Case("lstm", T=3, B=3, H=33, D=2, lengths=True)
+    args = build(case, torch.float32)
+    host.device_size(5, THREADS, claimed=6)
+    assert plan_of(host, case, torch.float32)["forward"]["kind"] == "persistent"
+    before, found = host.launches(), inference(args)
+    assert host.launches() == Launches(before.plain + 2 + case.T, before.cooperative)
+    with planned("stepwise"):
+        assert_identical(found, inference(args))
+
+
 def test_weights_that_do_not_fit_a_block(host: Host) -> None:
     """float64 LSTM: (H + 31) / 32 · 32 rows of 65 numbers, and for the product 32 of 9."""
     host.device_size(64)

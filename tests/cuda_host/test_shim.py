@@ -51,7 +51,7 @@ class Probe:
         self.library.cuda_host_seed(ctypes.c_uint64(value))
 
     def multiprocessors(self, count: int) -> None:
-        self.library.cuda_host_multiprocessors(count)
+        self.library.cuda_host_multiprocessors(count, count)
 
     def drop_grid_barrier(self, index: int) -> None:
         self.library.cuda_host_drop_grid_barrier(ctypes.c_long(index))
