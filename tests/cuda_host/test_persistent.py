@@ -41,13 +41,17 @@ def cases_of(*sizes: tuple[int, int], T: int = 4) -> list[Case]:
     return [c for c in found if c.cell in ONE_PHASE and not c.P]
 
 
-def spread() -> list[tuple[Case, int]]:
-    """Return a third of all cases of every size, each with a number of groups."""
+def spread() -> list[tuple[Case, int, torch.dtype]]:
+    """Return a third of all cases of every size, each with a number of groups, in half the types.
+
+    Three sizes have all cases between them, and the next three have them in the other types.
+    """
     return [
-        (case, GROUPS[i // 3 % 3])
+        (case, GROUPS[i // 3 % 3], dtype)
         for first, size in enumerate([*SIZES, (70, 33)])
         for i, case in enumerate(cases_of(size, T=3))
         if i % 3 == first % 3
+        for dtype in TYPES[(i // 3 + first // 3) % 2 :: 2]
     ]
 
 
@@ -87,8 +91,7 @@ def assert_same_as_stepwise(host: Host, args: LayerInputs, dtype: torch.dtype) -
 
 
 # ---- values -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("case", "groups"), spread(), ids=str)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("case", "groups", "dtype"), spread(), ids=str)
 def test_the_bits_of_the_stepwise_kernels(
     host: Host, case: Case, groups: int, dtype: torch.dtype
 ) -> None:
@@ -99,22 +102,26 @@ def test_the_bits_of_the_stepwise_kernels(
 def test_the_cases_meet_every_kind_of_plan(host: Host) -> None:
     """Both kernels, one group or more, rows that share registers and rows that do not."""
     met = set()
-    for case, groups in spread():
+    features: dict[torch.dtype, set[Case]] = {dtype: set() for dtype in TYPES}
+    for case, groups, dtype in spread():
         with_room_for(host, case, groups)
-        plan = plan_of(host, case, torch.bfloat16)["forward"]
+        plan = plan_of(host, case, dtype)["forward"]
         assert plan["kind"] == "persistent"
         rows = plan["groups"] * plan["rows_of_a_block"]
         met.add((plan["rows_of_a_block"], plan["groups"], rows < case.B))
+        features[dtype].add(dataclasses.replace(case, B=1, H=1))
     assert met >= {(8, 1, False), (8, 3, False), (32, 1, False), (32, 1, True), (32, 2, True)}
+    for dtype in TYPES:
+        assert features[dtype] == set(cases_of((1, 1), T=3))
 
 
-@pytest.mark.parametrize("case", cases_of((3, 33), (17, 7)), ids=str)
+@pytest.mark.parametrize("case", cases_of((3, 33), (17, 7))[::3], ids=str)
 def test_tf32(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "uses_tf32", lambda T: True)
     assert_same_as_stepwise(host, build(case, torch.float32), torch.float16)  # as many bits
 
 
-@pytest.mark.parametrize("case", cases_of((3, 33)), ids=str)
+@pytest.mark.parametrize("case", cases_of((3, 33))[::3], ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_without_tensor_cores_for_bfloat16(host: Host, case: Case, dtype: torch.dtype) -> None:
     with host.operators(device=1):
