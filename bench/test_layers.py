@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rnnkern.bench.cases import Case, all_cases
-from rnnkern.bench.contenders import NAMES, AbsentError, Problem, check
+from rnnkern.bench.contenders import NAMES, AbsentError, Problem, check, grad_mode
 
 pytest.importorskip("pytest_benchmark")
 
@@ -38,8 +38,9 @@ def test_layer(case: Case, name: str, threads: int, benchmark: Any) -> None:
         contender = problem.contender(name, threads)
     except AbsentError as reason:
         pytest.skip(str(reason))
-    check(contender, contender.call(), problem.reference(), case.dtype)
     benchmark.group = case.name
     benchmark.extra_info["threads"] = threads
-    benchmark(contender.call)
+    with grad_mode(case):
+        check(contender, contender.call(), problem.reference(), case.dtype)
+        benchmark(contender.call)
     torch.compiler.reset()

@@ -122,7 +122,9 @@ def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return call
 
     for dtype, native in list(cpu.KERNELS.items()):
-        both = {name: watched(getattr(native, name), dtype) for name in ("forward", "infer")}
+        both = {
+            name: watched(getattr(native, name), dtype) for name in ("forward", "padded_forward")
+        }
         monkeypatch.setitem(cpu.KERNELS, dtype, native._replace(**both))
     return calls
 

@@ -7,8 +7,9 @@
 
 #include "bind/problems.h"
 #include "bind/roofline.h"
+#include "bind/tensors.h"
 #include "cpu/driver.h"
-#include "cpu/stack.h"
+#include "cpu/padded.h"
 #include "cpu/team.h"
 
 using namespace rnnkern;
@@ -51,36 +52,78 @@ void backward(int cell, int threads, const py::tuple& seq, const py::tuple& size
   raise(status);
 }
 
-// Inference through a stack (see cpu/stack.h); every address is an integer, 0: absent.
+// Addresses, as a list of pointers and in the order that a signature gives them.
 template <class T>
-void infer(int cell, int threads, int64_t T_, int64_t B, int64_t I, int64_t H, int64_t P, int64_t D,
-           int64_t layers, bool bias, bool batch_first, uintptr_t input, uintptr_t y, uintptr_t h0,
-           uintptr_t c0, uintptr_t hn, uintptr_t cn, const py::tuple& weights) {
-  const auto in = [](uintptr_t at) { return reinterpret_cast<const T*>(at); };
-  const auto out = [](uintptr_t at) { return reinterpret_cast<T*>(at); };
-  StackProblem<T> s{T_,
-                    B,
-                    I,
-                    H,
-                    P,
-                    D,
-                    layers,
-                    bias,
-                    batch_first,
-                    in(input),
-                    out(y),
-                    {in(h0), in(c0)},
-                    {out(hn), out(cn)},
-                    nullptr};
-  if (static_cast<int64_t>(weights.size()) != s.weight_count())
-    throw py::value_error("weights: expected " + std::to_string(s.weight_count()));
-  std::vector<const T*> addresses(weights.size());
-  for (size_t i = 0; i < addresses.size(); ++i) addresses[i] = pointer<const T>(weights[i]);
-  s.weights = addresses.data();
+struct Addresses {
+  std::vector<T*> all;
+  size_t taken = 0;
+
+  Addresses(const char* name, const py::tuple& given, int64_t expected) : all(given.size()) {
+    if (static_cast<int64_t>(all.size()) != expected)
+      throw py::value_error(std::string(name) + ": expected " + std::to_string(expected) +
+                            " addresses, got " + std::to_string(all.size()));
+    for (size_t i = 0; i < all.size(); ++i) all[i] = pointer<T>(given[i]);
+  }
+  T* next() { return all[taken++]; }
+  T* const* next(int64_t count) {
+    T* const* first = all.data() + taken;
+    taken += static_cast<size_t>(count);
+    return first;
+  }
+};
+
+// `read`: input, h0, c0, the weights; `written`: y, hn, cn, gates, h_prev, saved (see cpu/padded.h;
+// 0: absent).
+template <class T>
+void padded_forward(int cell, int threads, int64_t T_, int64_t B, int64_t I, int64_t H, int64_t P,
+                    int64_t D, int64_t layers, bool bias, bool batch_first, const py::tuple& read,
+                    const py::tuple& written) {
+  PaddedForward<T> f{};
+  f.sizes = {T_, B, I, H, P, D, layers, bias, batch_first};
+  Addresses<const T> in("read", read, 3 + f.sizes.weight_count());
+  Addresses<T> out("written", written, 6);
+  f.input = in.next();
+  for (auto& state : f.initial) state = in.next();
+  f.weights = in.next(f.sizes.weight_count());
+  f.y = out.next();
+  for (auto& state : f.final) state = out.next();
+  f.gates = out.next();
+  f.h_prev = out.next();
+  f.saved = out.next();
   Status status;
   {
     py::gil_scoped_release release;
-    status = run_stack<T>(cell, s, threads);
+    status = run_padded_forward<T>(cell, f, threads);
+  }
+  raise(status);
+}
+
+// `read`: input, gates, h_prev, saved, dy, dhn, dcn, the weights; `written`: the gradients of the
+// input, h0, c0 and the weights.
+template <class T>
+void padded_backward(int cell, int threads, int64_t T_, int64_t B, int64_t I, int64_t H, int64_t P,
+                     int64_t D, bool bias, bool batch_first, bool dy_batch_first,
+                     const py::tuple& read, const py::tuple& written) {
+  PaddedBackward<T> b{};
+  b.sizes = {T_, B, I, H, P, D, 1, bias, batch_first};
+  b.dy_batch_first = dy_batch_first;
+  const int64_t weights = b.sizes.weight_count();
+  Addresses<const T> in("read", read, 7 + weights);
+  Addresses<void> out("written", written, 3 + weights);
+  b.input = in.next();
+  b.gates = in.next();
+  b.h_prev = in.next();
+  b.saved = in.next();
+  b.dy = in.next();
+  for (auto& state : b.dfinal) state = in.next();
+  b.weights = in.next(weights);
+  b.dinput = static_cast<T*>(out.next());
+  for (auto& state : b.dinitial) state = static_cast<T*>(out.next());
+  b.dweights = reinterpret_cast<Accumulator<T>* const*>(out.next(weights));
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = run_padded_backward<T>(cell, b, threads);
   }
   raise(status);
 }
@@ -160,7 +203,8 @@ template <class T>
 void define(py::module_& m, const std::string& type) {
   m.def(("forward_" + type).c_str(), &forward<T>);
   m.def(("backward_" + type).c_str(), &backward<T>);
-  m.def(("infer_" + type).c_str(), &infer<T>);
+  m.def(("padded_forward_" + type).c_str(), &padded_forward<T>);
+  m.def(("padded_backward_" + type).c_str(), &padded_backward<T>);
   m.def(("plan_" + type).c_str(), &plan<T>);
 }
 
@@ -178,6 +222,7 @@ PYBIND11_MODULE(_cpu, m) {
   define<double>(m, "float64");
   define<Bfloat16>(m, "bfloat16");
   m.def("roofline", &roofline);
+  m.def("addresses", &addresses);
   const char* isa = std::getenv("RNNKERN_ISA");
   if (isa && *isa) pin_isa(isa);
 }

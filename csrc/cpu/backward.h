@@ -27,9 +27,12 @@ class BackwardLoop {
     const int64_t H = p_.H, B = p_.seq.B;
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
-      s.first = transposed(carver, phase_gates<Cell, 0> * H, p_.P);
-      if (F == 2) s.second = transposed(carver, phase_gates<Cell, F - 1> * H, H);
-      if (projects_) s.projection = transposed(carver, p_.P, H);
+      const auto transposed = [&](int64_t operand, int64_t units) -> Weights<T, 1> {
+        return {operand, units, transposed_data<T>(carver, p_.seq, operand, units)};
+      };
+      s.first = transposed(phase_gates<Cell, 0> * H, p_.P);
+      if (F == 2) s.second = transposed(phase_gates<Cell, F - 1> * H, H);
+      if (projects_) s.projection = transposed(p_.P, H);
       s.dr[0] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.dr[1] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.gradients = {p_, d, carver};
@@ -57,7 +60,8 @@ class BackwardLoop {
     w.weights = G * p_.H * p_.P + (projects_ ? p_.H * p_.P : 0);
     w.outputs = 2 * G * p_.H + (projects_ ? p_.P : 0);
     w.inputs = G * p_.H * ((p_.dinput ? 2 : 1) * p_.I + p_.P);
-    w.packs = true;
+    w.sums = G * p_.H * (p_.I + p_.P);
+    w.packs = !few_rows(p_.seq);
     w.blocks = s.first.blocks(p_.P);
     if (F == 2) w.blocks = minimum(w.blocks, s.second.blocks(p_.H));
     if (projects_) w.blocks = minimum(w.blocks, s.projection.blocks(p_.H));
@@ -103,16 +107,11 @@ class BackwardLoop {
     int slot;                   // where its dr is
   };
 
-  static Weights<T, 1> transposed(Carver& carver, int64_t operand, int64_t units) {
-    return {operand, units, carver.take<A>(Weights<T, 1>::size(operand, units))};
-  }
-
   void prepare(int d, const Place& place) {
     Direction& s = dir_[d];
     const BackwardDirection<T, A>& io = p_.dir[d];
-    const auto pack = [&](const Weights<T, 1>& w, const T* R, int64_t ldr) {
-      const Range mine = part(w.blocks(w.N), place.index, place.count);
-      w.pack_columns(R, ldr, mine.begin, mine.end);
+    const auto pack = [&](Weights<T, 1>& w, const T* R, int64_t ldr) {
+      w.set_columns(R, ldr, part(w.blocks(w.N), place.index, place.count));
     };
     if (p_.seq.T > 1 || hands_out(d)) pack(s.first, io.R, p_.P);
     if (F == 2) pack(s.second, io.R + Cell::first[F - 1] * p_.H * p_.P, p_.P);

@@ -81,18 +81,33 @@ const CellKernels<T>* kernels() {
   }
 }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kSmall = 64;  // so that everything is on the heap, the end of which is watched
+#else
+constexpr size_t kSmall = 8192;
+#endif
 
-// Scratch for one call, of at least one byte, aligned to a cache line; null if there is no
-// memory.
-std::unique_ptr<unsigned char, Free> allocate(int64_t bytes) {
-  const auto rounded = static_cast<size_t>((bytes + 64) / 64 * 64);
-  auto* memory = static_cast<unsigned char*>(std::aligned_alloc(64, rounded));
-  prefer_huge_pages(memory, bytes);
-  return std::unique_ptr<unsigned char, Free>(memory);
-}
+// Memory of one call, aligned to a cache line: on the stack while it is small, because the heap
+// takes as long as one step of a small layer.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes <= static_cast<int64_t>(kSmall)) return;
+    large_.reset(static_cast<unsigned char*>(
+        std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64))));
+    at_ = large_.get();
+    prefer_huge_pages(at_, bytes);
+  }
+  unsigned char* data() const { return at_; }  // null if there is no memory
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  alignas(64) unsigned char small_[kSmall];
+  std::unique_ptr<unsigned char, Free> large_;
+  unsigned char* at_ = small_;
+};
 
 // What a call writes for the first time, if its caller has just allocated it.
 template <class T>
@@ -133,16 +148,19 @@ struct Call {
 
 template <class Problem>
 Status run(const LoopKernel<Problem>& kernel, const Problem& problem, int threads) {
-  const Plan plan = make_plan(kernel.work(problem), usable_threads(threads));
-  const auto scratch = allocate(kernel.scratch_bytes(problem, plan.threads()));
+  const Plan plan = make_plan(kernel.work(problem), threads);
   const int first = 1 + plan.direction_groups;  // see Place for their order
   const int count = first + plan.direction_groups * plan.row_groups;
-  const std::unique_ptr<Barrier[]> barriers(new (std::nothrow) Barrier[static_cast<size_t>(count)]);
-  if (!scratch || !barriers) return Status::out_of_memory;
-  barriers[0].set_members(plan.threads());
-  for (int i = 1; i < count; ++i)
-    barriers[i].set_members(plan.unit_groups * (i < first ? plan.row_groups : 1));
-  Call<Problem> call{kernel, problem, plan, scratch.get(), barriers.get()};
+  const auto barrier_bytes = static_cast<int64_t>(sizeof(Barrier)) * count;
+  const Scratch memory(barrier_bytes + kernel.scratch_bytes(problem, plan.threads()));
+  if (!memory.data()) return Status::out_of_memory;
+  auto* barriers = reinterpret_cast<Barrier*>(memory.data());
+  for (int i = 0; i < count; ++i) {
+    const int groups = i == 0 ? plan.direction_groups : 1;
+    const int rows = i < first ? plan.row_groups : 1;
+    new (barriers + i) Barrier(groups * rows * plan.unit_groups);
+  }
+  Call<Problem> call{kernel, problem, plan, memory.data() + barrier_bytes, barriers};
   run_team(plan.threads(), Call<Problem>::body, &call);
   return Status::ok;
 }
@@ -201,7 +219,7 @@ Status run_backward(int cell, const CpuBackwardProblem<T>& problem, int threads)
 template <class T>
 Status plan_forward(int cell, const ForwardProblem<T>& problem, int threads, Plan& plan) {
   return with_kernels<T>(cell, problem, [&](const CellKernels<T>& own) {
-    plan = make_plan(own.forward.work(problem), usable_threads(threads));
+    plan = make_plan(own.forward.work(problem), threads);
     return Status::ok;
   });
 }
@@ -209,7 +227,7 @@ Status plan_forward(int cell, const ForwardProblem<T>& problem, int threads, Pla
 template <class T>
 Status plan_backward(int cell, const CpuBackwardProblem<T>& problem, int threads, Plan& plan) {
   return with_kernels<T>(cell, problem, [&](const CellKernels<T>& own) {
-    plan = make_plan(own.backward.work(problem), usable_threads(threads));
+    plan = make_plan(own.backward.work(problem), threads);
     return Status::ok;
   });
 }

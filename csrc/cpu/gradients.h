@@ -34,7 +34,7 @@ class Gradients {
     if (Cell::extra != Extra::none) extra_ = Matrix<T>::carve(carver, steps_ * B, p.H);
     if (io_->W_hr) dh_ = Matrix<T>::carve(carver, steps_ * B, p.P);
     if (p.dinput) {
-      W_ = {G * p.H, p.I, carver.take<A>(Weights<T, 1>::size(G * p.H, p.I))};
+      W_ = {G * p.H, p.I, transposed_data<T>(carver, p.seq, G * p.H, p.I)};
       dinput_ = d == 0 ? p.dinput : carver.take<T>(p.seq.data_rows() * p.I);
     }
     sums_ = io_->sums;
@@ -54,8 +54,7 @@ class Gradients {
   // This thread's part of what comes before the first chunk.
   void prepare(const Place& place) {
     if (p_->dinput) {
-      const Range mine = part(W_.blocks(p_->I), place.index, place.count);
-      W_.pack_columns(io_->W, p_->I, mine.begin, mine.end);
+      W_.set_columns(io_->W, p_->I, part(W_.blocks(p_->I), place.index, place.count));
     }
   }
 

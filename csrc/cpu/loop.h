@@ -47,6 +47,14 @@ struct Matrix {
   T* row(int64_t j) const { return data + j * ld; }
 };
 
+// Where a transposed matrix is packed; null where the products read it as it is.
+template <class T>
+Accumulator<T>* transposed_data(Carver& carver, const Sequence& seq, int64_t operand,
+                                int64_t units) {
+  if (few_rows(seq)) return nullptr;
+  return carver.take<Accumulator<T>>(Weights<T, 1>::size(operand, units));
+}
+
 // A thread's place: its group of directions, every row_groups-th row, its part of every product's
 // blocks of units. Rows are dealt out in turn because the sorted order puts the long ones first.
 struct Place {

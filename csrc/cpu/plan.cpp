@@ -1,11 +1,14 @@
 // t_step = max(flops / peak, bytes(weight slice) / bandwidth(level it fits)) + pointwise
 //        + [unit split] · stages · barrier
 //
-// and a call costs T steps, the packing of the weights, and the waking of the team. The constants
-// are of a current server core; they only have to rank the plans of one call against each other.
+// and a call costs T steps, the packing of the weights, the writing of their gradients, and the
+// waking of the team. The constants are of a current server core; they only have to rank the plans
+// of one call against each other.
 #include "cpu/plan.h"
 
 #include <algorithm>
+
+#include "cpu/team.h"
 
 namespace rnnkern {
 namespace {
@@ -18,8 +21,10 @@ constexpr double kPointwise = 4e-3;         // µs for a vector of outputs: load
 constexpr double kL1 = 32e3, kL2 = 1e6, kL3 = 24e6;  // bytes of weights each level holds
 constexpr double kL1Rate = 300e3, kL2Rate = 100e3, kL3Rate = 50e3;  // bytes per µs and core
 constexpr double kMemoryRate = 10e3;
+constexpr double kUnpackedRate = 60e3;  // at most: sums across lanes
 
-double weight_rate(double bytes) {
+double weight_rate(double bytes, bool packed) {
+  if (!packed) return std::min(kUnpackedRate, weight_rate(bytes, true));
   if (bytes <= kL1) return kL1Rate;
   if (bytes <= kL2) return kL2Rate;
   return bytes <= kL3 ? kL3Rate : kMemoryRate;
@@ -36,22 +41,30 @@ double call_microseconds(const Work& work, Plan& plan) {
   const double tiles = (rows + 5) / 6;                   // each streams the slice once
   const double bytes = elements * work.element_bytes;
   const double product =
-      std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes));
-  const double input = 2 * static_cast<double>(work.inputs) * share * rows / flops_per_us;
+      std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes, work.packs));
+  const double inputs = static_cast<double>(work.inputs) * share;
+  const double input_bytes =
+      work.packs ? 0 : inputs * work.element_bytes;  // few rows: for each step
+  const double input =
+      std::max(2 * inputs * rows / flops_per_us, input_bytes / weight_rate(input_bytes, false));
   const double pointwise = static_cast<double>(work.outputs) * share * rows / lanes * kPointwise;
   const double barrier = plan.unit_groups > 1 ? work.stages * kBarrier : 0;
   plan.step_microseconds = directions * (input + product + pointwise + barrier);
   const double packed = work.packs ? static_cast<double>(work.D * (work.weights + work.inputs)) : 0;
   const double pack = packed * kPackPerElement / plan.threads();
-  return static_cast<double>(work.T) * plan.step_microseconds + pack +
+  const double sums = static_cast<double>(work.D * work.sums * work.element_bytes) / kL3Rate;
+  return static_cast<double>(work.T) * plan.step_microseconds + pack + sums / plan.threads() +
          (plan.threads() > 1 ? kTeamStart : 0);
 }
 
 }  // namespace
 
-Plan make_plan(const Work& work, int threads) {
+Plan make_plan(const Work& work, int requested) {
   Plan best;
   double best_time = call_microseconds(work, best);
+  // No team can be faster, and counting the CPUs would take longer than choosing.
+  if (best_time <= kTeamStart) return best;
+  const int threads = usable_threads(requested);
   const int max_directions = static_cast<int>(std::min<int64_t>(work.D, threads));
   // Powers of two, and all threads that are left: a few dozen candidates even for 64 threads.
   const auto next = [](int n, int most) { return n < most ? std::min(2 * n, most) : most + 1; };

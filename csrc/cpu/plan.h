@@ -16,6 +16,7 @@ struct Work {
   int64_t T, B, D;
   int64_t weights;  // recurrent weight elements of one direction
   int64_t inputs;   // input weight elements of one direction, if the call multiplies by them
+  int64_t sums;     // elements of one direction's gradients of weights
   bool packs;       // whether the weights are packed before the first step
   int64_t outputs;  // sum of the outputs of one step's products, per row and direction
   int64_t blocks;   // the fewest blocks of units that any of its products has
@@ -30,6 +31,7 @@ struct Plan {
   int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
-Plan make_plan(const Work& work, int threads);
+// The cheapest plan of at most `requested` threads, and of no more than usable_threads() allows.
+Plan make_plan(const Work& work, int requested);
 
 }  // namespace rnnkern

@@ -87,10 +87,12 @@ struct Weights {
   static constexpr int NU = NG >= 3 ? 1 : 4 / NG;
   static constexpr int MR = kRegisters == 32 ? (NG == 3 ? 8 : 6) : (NG == 3 ? 4 : 3);
 
-  int64_t K = 0, N = 0;     // operand elements, units
-  A* data = nullptr;        // [blocks][1 + rows of K][NG][L]; null: not packed
-  const T* rows = nullptr;  // [NG,N,K], rows ld apart, where the weights are not packed
+  int64_t K = 0, N = 0;  // operand elements, units
+  A* data = nullptr;     // [blocks][1 + rows of K][NG][L]; null: not packed
+  // Where the weights are not packed: [NG,N,K], or [K,N] for a transposed product; rows ld apart.
+  const T* rows = nullptr;
   int64_t ld = 0;
+  bool transposed = false;
   const T* bias = nullptr;  // [NG,N], or null
 
   static int64_t blocks(int64_t N) { return (N + L - 1) / L; }
@@ -159,8 +161,37 @@ struct Weights {
     }
   }
 
-  // Blocks [begin, end) of the transposed product: unit n is column n of R, operand element k its
-  // row.
+  // The transposed product without packing: one row of the matrix after the other, its columns of
+  // all units at once.
+  void multiply_columns(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count,
+                        A* out) const {
+    const int64_t units = minimum(N - first * L, count * L);
+    const T* columns = rows + first * L;
+    for (int64_t j = 0; j < m; ++j) {
+      Pack<A> sum[NU];
+      for (Pack<A>& s : sum) s = Pack<A>(A(0));
+      for (int64_t k = 0; k < K;) {
+        Pack<A> acc[NU];
+        for (Pack<A>& s : acc) s = Pack<A>(A(0));
+        for (const int64_t end = minimum(K, k + kChain); k < end; k += F::depth) {
+          const bool last = k + F::depth > K;
+          const T *row = columns + k * ld, *next = last ? nullptr : row + (F::depth - 1) * ld;
+          const T* operand = a + j * lda + k;
+          const Pack<A> b = last ? F::spread_one(operand) : F::spread(operand);
+#pragma GCC unroll 4
+          for (int v = 0; v < NU; ++v) {
+            const int lanes = static_cast<int>(minimum(units - v * L, L));
+            if (lanes <= 0) break;
+            acc[v] = F::dot(b, F::join(row + v * L, next ? next + v * L : nullptr, lanes), acc[v]);
+          }
+        }
+        for (int v = 0; v < NU; ++v) sum[v] = sum[v] + acc[v];
+      }
+      for (int v = 0; v < count; ++v) sum[v].store(out + (j * count + v) * L);
+    }
+  }
+
+  // Blocks [begin, end) of the transposed product.
   void pack_columns(const T* R, int64_t ldr, int64_t begin, int64_t end) const {
     static_assert(NG == 1, "a transposed product has one output a unit");
     for (int64_t i = begin; i < end; ++i) {
@@ -175,8 +206,19 @@ struct Weights {
     }
   }
 
+  // Unit n is column n of R, operand element k its row, packed or not as above.
+  void set_columns(const T* R, int64_t ldr, Range mine) {
+    if (data) return pack_columns(R, ldr, mine.begin, mine.end);
+    rows = R;
+    ld = ldr;
+    transposed = true;
+  }
+
   // m rows × `count` blocks from `first` on: out[m][count][NG][L], m <= MR, count <= NU.
   void multiply(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count, A* out) const {
+    if constexpr (NG == 1) {
+      if (!data && transposed) return multiply_columns(a, lda, m, first, count, out);
+    }
     if (!data) return multiply_unpacked(a, lda, m, first, count, out);
     if constexpr (NU == 4) {
       if (count == 3) return multiply_packed<3>(a, lda, m, first, out);

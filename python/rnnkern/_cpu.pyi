@@ -32,7 +32,7 @@ forward_bfloat16 = forward_float32
 backward_bfloat16 = backward_float32
 plan_bfloat16 = plan_float32
 
-def infer_float32(
+def padded_forward_float32(
     cell: int,
     threads: int,
     T: int,
@@ -44,18 +44,38 @@ def infer_float32(
     layers: int,
     bias: bool,
     batch_first: bool,
-    input: int,
-    y: int,
-    h0: int,
-    c0: int,
-    hn: int,
-    cn: int,
-    weights: tuple[int, ...],
+    read: tuple[int, ...],
+    written: tuple[int, ...],
+) -> None: ...
+def padded_backward_float32(
+    cell: int,
+    threads: int,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    P: int,
+    D: int,
+    bias: bool,
+    batch_first: bool,
+    dy_batch_first: bool,
+    read: tuple[int, ...],
+    written: tuple[int, ...],
 ) -> None: ...
 
-infer_float64 = infer_float32
-infer_bfloat16 = infer_float32
+padded_forward_float64 = padded_forward_float32
+padded_backward_float64 = padded_backward_float32
+padded_forward_bfloat16 = padded_forward_float32
+padded_backward_bfloat16 = padded_backward_float32
 
 def roofline(
     quantity: str, threads: int, bytes: int, repeats: int
 ) -> tuple[float, float, int] | None: ...
+def addresses(
+    exchange_api: Any,
+    tensors: list[Any],
+    types: tuple[type, ...],
+    code: int,
+    bits: int,
+    shapes: tuple[tuple[int, ...], ...],
+) -> tuple[int, ...] | None: ...

@@ -24,7 +24,8 @@ class Kernels(NamedTuple):
 
     forward: Callable[..., None]
     backward: Callable[..., None]
-    infer: Callable[..., None]
+    padded_forward: Callable[..., None]
+    padded_backward: Callable[..., None]
     plan: Callable[..., dict[str, Any]]
 
 
@@ -51,8 +52,9 @@ def computed(dtype: torch.dtype) -> torch.dtype:
     bfloat16 needs an ISA with bfloat16 products; otherwise it is converted to float32 and back, and
     so is float16 always.
     """
-    native = dtype == torch.bfloat16 and _computes_bfloat16()
-    return dtype if dtype in (torch.float32, torch.float64) or native else torch.float32
+    if dtype is torch.float32 or dtype is torch.float64:
+        return dtype
+    return dtype if dtype is torch.bfloat16 and _computes_bfloat16() else torch.float32
 
 
 def summed(dtype: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from rnnkern import eager_training
 from rnnkern.cells import Cell
 from rnnkern.cpu import KERNELS, computed
-from rnnkern.plain import dense, is_plain
+from rnnkern.plain import addresses, is_plain
 
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 
@@ -54,27 +55,25 @@ def run(
         y [T,B,D·P] and the final states; None if the general way must be taken.
     """
     I, H, P = sizes
-    dtype = input.dtype
-    if computed(dtype) is not dtype or input.dim() != 3 or not is_plain():
+    dtype, shape = input.dtype, input.shape
+    if computed(dtype) is not dtype or len(shape) != 3 or not is_plain():
         return None
-    T, B = input.shape[:2]
-    if batch_first:
-        T, B = B, T
-    if 0 in (T, B, H) or not dense(input, dtype, (B, T, I) if batch_first else (T, B, I)):
+    T, B, _ = (shape[1], shape[0], I) if batch_first else shape
+    if 0 in (T, B, I, H):
         return None
-    widths = (P, H)[: cell.states]
-    initial = [0, 0]
-    if states is not None:
-        if type(states) is not tuple or len(states) != cell.states:
-            return None
-        for k, state in enumerate(states):
-            if not dense(state, dtype, (layers * directions, B, widths[k])):
-                return None
-            initial[k] = state.data_ptr()
-    addresses = _addresses(weights, dtype, cell.gates * H, sizes, directions, bias)
-    if addresses is None or 0 in addresses or input.data_ptr() == 0:  # no storage
+    shapes = _weight_shapes(cell.gates * H, sizes, layers, directions, bias)
+    if states is None:
+        tensors = [input, *weights]
+    elif type(states) is tuple and len(states) == cell.states:
+        tensors = [input, *states, *weights]
+        rows = layers * directions
+        shapes = ((rows, B, P), (rows, B, H))[: cell.states] + shapes
+    else:
         return None
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(input, *(states or ()), *weights):
+    read = addresses(tensors, dtype, ((B, T, I) if batch_first else (T, B, I), *shapes))
+    if read is None:
+        return None
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
             return None  # inside an operator
         form = eager_training.Form(cell, H, P, directions, bias, batch_first)
@@ -82,7 +81,11 @@ def run(
     new = input.new_empty
     y, hn = new(T, B, directions * P), new(layers * directions, B, P)
     cn = new(layers * directions, B, H) if cell.states == 2 else None
-    KERNELS[dtype].infer(
+    if states is None:
+        read = (read[0], 0, 0, *read[1:])
+    elif cell.states == 1:
+        read = (*read[:2], 0, *read[2:])
+    KERNELS[dtype].padded_forward(
         cell.index,
         torch.get_num_threads(),
         T,
@@ -94,35 +97,20 @@ def run(
         layers,
         bias,
         batch_first,
-        input.data_ptr(),
-        y.data_ptr(),
-        initial[0],
-        initial[1],
-        hn.data_ptr(),
-        0 if cn is None else cn.data_ptr(),
-        addresses,
+        read,
+        (y.data_ptr(), hn.data_ptr(), 0 if cn is None else cn.data_ptr(), 0, 0, 0),
     )
     return (y, hn) if cn is None else (y, hn, cn)
 
 
-def _addresses(
-    weights: Sequence[Tensor],
-    dtype: torch.dtype,
-    gates: int,
-    sizes: tuple[int, int, int],
-    directions: int,
-    bias: bool,
-) -> tuple[int, ...] | None:
-    """Return where the weights are, or None if one of them is not what the kernel reads."""
+@lru_cache(maxsize=256)
+def _weight_shapes(
+    gates: int, sizes: tuple[int, int, int], layers: int, directions: int, bias: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the weights of all layers, in torch's order."""
     I, H, P = sizes
     others = (((gates,), (gates,)) if bias else ()) + (((P, H),) if P != H else ())
     shapes = ((gates, I), (gates, P), *others) * directions
-    for t, shape in zip(weights, shapes, strict=False):
-        if not dense(t, dtype, shape):
-            return None
-    if len(weights) > len(shapes):
-        shapes = ((gates, directions * P), (gates, P), *others)
-        for i in range(len(shapes) * directions, len(weights)):
-            if not dense(weights[i], dtype, shapes[i % len(shapes)]):
-                return None
-    return tuple([t.data_ptr() for t in weights])
+    if layers > 1:
+        shapes += ((gates, directions * P), (gates, P), *others) * (directions * (layers - 1))
+    return shapes

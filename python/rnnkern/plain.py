@@ -8,6 +8,14 @@ from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from rnnkern._native import _cpu
+
+_TYPES = (Parameter, Tensor)
+# What DLPack calls the types that have kernels: its code, and bits.
+_DLPACK_TYPES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16)}
+# From torch 2.10 on.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
 
 def is_plain() -> bool:
     """Return whether nothing traces, transforms or watches what torch's operators do now."""
@@ -22,8 +30,22 @@ def is_plain() -> bool:
     )
 
 
-def dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is what the kernel reads: elements of one type side by side."""
+def addresses(
+    tensors: list[Tensor], dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]
+) -> tuple[int, ...] | None:
+    """Return where tensors are if the kernels can read them as they are, None otherwise.
+
+    That is: on the CPU, of `dtype`, of their shapes in `shapes` with the elements side by side, and
+    of no type that torch's operators treat otherwise.
+    """
+    if _EXCHANGE is not None:
+        return _cpu.addresses(_EXCHANGE, tensors, _TYPES, *_DLPACK_TYPES[dtype], shapes)
+    if not all(_dense(t, dtype, shape) for t, shape in zip(tensors, shapes, strict=True)):
+        return None
+    return tuple([t.data_ptr() for t in tensors])
+
+
+def _dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return (
         (type(t) is Parameter or (type(t) is Tensor and not is_functorch_wrapped_tensor(t)))
         and t.shape == shape
@@ -31,6 +53,7 @@ def dense(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         and t.is_cpu
         and t.is_contiguous()
         and not t.is_neg()
+        and (t.data_ptr() != 0 or 0 in shape)
     )
 
 

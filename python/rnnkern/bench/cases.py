@@ -20,8 +20,8 @@ class Case:
     Attributes
     ----------
     cell, mode : str
-        A key of `CELLS`, and one of `MODES`: forward under ``no_grad``, or forward and backward
-        with the gradients of the input and of all weights.
+        A key of `CELLS`, and one of `MODES`: forward under a ``no_grad`` around all calls, or
+        forward and backward with the gradients of the input and of all weights.
     T, B, H : int
         Steps, rows of the batch, hidden units; a packed case has up to T steps.
     layers : int

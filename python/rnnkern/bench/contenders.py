@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,8 @@ class Problem:
         data.requires_grad_(self.case.mode == "training")
         problem.input = old._replace(data=data) if isinstance(old, PackedSequence) else data
         contender = problem.contender(THEIRS, 1)
-        return contender.tensors(contender.call())
+        with grad_mode(self.case):
+            return contender.tensors(contender.call())
 
 
 def check(contender: Contender, result: Any, reference: Sequence[Tensor], dtype: str) -> None:
@@ -206,6 +208,11 @@ def _module(library: Any, case: Case) -> nn.Module:
     return module
 
 
+def grad_mode(case: Case) -> AbstractContextManager[Any]:
+    """Return what a case's calls run in: ``no_grad`` in inference, entered once around them all."""
+    return torch.no_grad() if case.mode == "inference" else nullcontext()
+
+
 def _input(case: Case, x: Tensor) -> Tensor | PackedSequence:
     wanted = case.mode == "training"
     if not case.packed:
@@ -221,12 +228,7 @@ def _data(value: Tensor | PackedSequence) -> Tensor:
 def _of_module(name: str, module: nn.Module, problem: Problem) -> Contender:
     """Make the contender that calls a module, forward or forward and backward."""
     if problem.case.mode == "inference":
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return module(problem.input)
-
-        return Contender(name, forward, lambda result: list(_outputs(result)))
+        return Contender(name, lambda: module(problem.input), lambda result: list(_outputs(result)))
 
     # The original's parameters: torch.compile's wrapper shares them.
     wanted = [_data(problem.input), *module.parameters()]

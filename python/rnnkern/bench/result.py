@@ -11,7 +11,15 @@ from torch import Tensor
 
 from rnnkern.bench import limit, measure, memory
 from rnnkern.bench.cases import Case
-from rnnkern.bench.contenders import NAMES, OURS, AbsentError, Contender, Problem, check
+from rnnkern.bench.contenders import (
+    NAMES,
+    OURS,
+    AbsentError,
+    Contender,
+    Problem,
+    check,
+    grad_mode,
+)
 from rnnkern.bench.measure import Plan, Spread
 from rnnkern.bench.memory import Memory
 from rnnkern.bench.roofline import Roofline
@@ -130,7 +138,8 @@ def run(
     """
     result = Result(case, limit=None if roofline is None else limit.seconds(case, roofline))
     try:
-        _time(result, _ready(result, names, contender), plan)
+        with grad_mode(case):
+            _time(result, _ready(result, names, contender), plan)
     except Exception as error:  # of no contender alone: no memory for the data, for example
         result.errors["all"] = _message(error)
     torch.compiler.reset()  # what was compiled for this case serves no other
