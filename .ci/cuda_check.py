@@ -70,13 +70,19 @@ def faults_of_ptx(source: Path, architecture: str, folder: Path) -> list[str]:
     """Return what is wrong in the PTX of a file, for an architecture with tensor cores for it.
 
     TensorProduct must use mma. Stages of one kernel read what other blocks wrote in the stage
-    before: through the read-only cache they might not see it.
+    before: through the read-only cache they might not see it. So do the steps of a persistent
+    kernel, whose blocks tell each other by a release and an acquire.
     """
     target = folder / f"{source.stem}.{architecture}.ptx"
     nvcc(f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(target))
     entries = re.split(r"\.entry ", target.read_text())[1:]
     name = {e: e.split("(", 1)[0] for e in entries}
     faults = [f"{name[e]}: read-only loads" for e in entries if "ld.global.nc" in e]
+    persistent = [e for e in entries if "forward_sequence" in name[e]]
+    for word in ("red.release.gpu", "ld.acquire.gpu"):
+        faults += [f"{name[e]}: no {word}" for e in persistent if word not in e]
+    if not persistent:
+        faults.append(f"{source.name}: no persistent kernel")
     if source.stem not in TENSOR_TYPES:
         return faults
     tensor = [e for e in entries if "TensorProduct" in name[e]]

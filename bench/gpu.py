@@ -1,6 +1,6 @@
 """Time rnnkern's modules against torch.nn's (cuDNN) on one GPU, side by side.
 
-    python bench/gpu.py [--quick] [--cell lstm] [--dtype bf16] [--json FILE]
+    python bench/gpu.py [--quick] [--cell lstm] [--dtype bf16] [--plan persistent] [--json FILE]
 
 The two take turns in one process. A turn is timed by CUDA events around as many calls as take some
 milliseconds; printed are the medians in µs a step (of one layer), the median of the rounds' ratios
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def environment(commit: str) -> dict[str, str]:
         "cudnn": str(torch.backends.cudnn.version()),
         "rnnkern": rnnkern.__version__,
         "commit": commit,
+        "plan": cuda.pinned_plan(),
         "command": " ".join(sys.argv),
     }
 
@@ -199,6 +201,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cell", action="append", choices=CELLS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument(
+        "--plan", choices=cuda.PLANS, help="default: RNNKERN_CUDA_PLAN, or the first"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="written anew after every case")
     parser.add_argument("--commit", default=head(), help="default: that of this checkout")
@@ -208,6 +213,8 @@ def main() -> int:
         return 2
     if not options.commit:
         parser.error("--commit: needed, since this is not a git checkout")
+    if options.plan:
+        os.environ["RNNKERN_CUDA_PLAN"] = options.plan
     where = environment(options.commit)
     chosen = [
         c

@@ -25,9 +25,10 @@ void raise(Status status) {
   }
 }
 
-// (device, stream, workspace, tf32)
+// (device, stream, workspace, tf32, persistent)
 CudaCall cuda_call(const py::tuple& t) {
-  return {t[0].cast<int>(), pointer<void>(t[1]), pointer<void>(t[2]), t[3].cast<bool>()};
+  return {t[0].cast<int>(), pointer<void>(t[1]), pointer<void>(t[2]), t[3].cast<bool>(),
+          t[4].cast<bool>()};
 }
 
 void check_cell(int cell) {
@@ -49,7 +50,7 @@ size_t forward(int cell, const py::tuple& where, const py::tuple& seq, const py:
     }
     raise(status);
   }
-  return forward_workspace<T>(cell, p);
+  return forward_workspace<T>(cell, p, call);
 }
 
 template <class T, class A>
@@ -69,19 +70,34 @@ size_t backward(int cell, const py::tuple& where, const py::tuple& seq, const py
   return backward_workspace<T, A>(cell, p);
 }
 
-CudaType type_named(const std::string& name) {
-  if (name == "float64") return CudaType::float64;
-  if (name == "float32") return CudaType::float32;
-  if (name == "float16") return CudaType::float16;
-  if (name == "bfloat16") return CudaType::bfloat16;
-  throw py::value_error("type: expected float64, float32, float16 or bfloat16, got '" + name + "'");
+py::dict as_dict(const CudaPlan& plan) {
+  py::dict d;
+  d["kind"] = plan.blocks_of_group > 0 ? "persistent" : "stepwise";
+  d["tensor_cores"] = plan.tensor_cores;
+  d["rows_of_a_block"] = 8 * plan.row_tiles;
+  d["blocks_of_a_group"] = plan.blocks_of_group;
+  d["groups"] = plan.groups;
+  d["resident_bytes"] = plan.kept;
+  d["shared_memory_bytes"] = plan.memory;
+  return d;
 }
 
-py::dict plan(int device, bool tf32, int64_t B, const std::string& type) {
-  const CudaPlan chosen = make_cuda_plan({device, nullptr, nullptr, tf32}, B, type_named(type));
+// (B, H, D, projected) -> the plans of forward and backward
+template <class T, class A>
+py::dict plan(int cell, const py::tuple& where, const py::tuple& sizes) {
+  check_cell(cell);
+  const CudaCall call = cuda_call(where);
+  const auto set = [&](auto problem) {
+    problem.seq.B = integer(sizes[0]);
+    problem.H = integer(sizes[1]);
+    problem.D = integer(sizes[2]);
+    static const T present{};
+    problem.dir[0].W_hr = sizes[3].cast<bool>() ? &present : nullptr;
+    return problem;
+  };
   py::dict d;
-  d["tensor_cores"] = chosen.tensor_cores;
-  d["rows_of_a_block"] = 8 * chosen.row_tiles;
+  d["forward"] = as_dict(forward_plan<T>(cell, set(ForwardProblem<T>{}), call));
+  d["backward"] = as_dict(backward_plan<T, A>(cell, set(BackwardProblem<T, A>{}), call));
   return d;
 }
 
@@ -94,7 +110,6 @@ py::dict plan(int device, bool tf32, int64_t B, const std::string& type) {
 PYBIND11_MODULE(RNNKERN_CUDA_MODULE, m) {
   m.doc() = "rnnkern's CUDA kernels";
   m.def("device_problem", &device_problem);
-  m.def("plan", &plan);
   m.def("forward_float32", &forward<float>);
   m.def("forward_float64", &forward<double>);
   m.def("forward_float16", &forward<__half>);
@@ -103,4 +118,8 @@ PYBIND11_MODULE(RNNKERN_CUDA_MODULE, m) {
   m.def("backward_float64", &backward<double, double>);
   m.def("backward_float16", &backward<__half, float>);
   m.def("backward_bfloat16", &backward<__nv_bfloat16, float>);
+  m.def("plan_float32", &plan<float, float>);
+  m.def("plan_float64", &plan<double, double>);
+  m.def("plan_float16", &plan<__half, float>);
+  m.def("plan_bfloat16", &plan<__nv_bfloat16, float>);
 }

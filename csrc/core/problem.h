@@ -38,7 +38,7 @@ struct Sequence {
   Rows resets_rows;        // element (t, b) of resets is at t * stride_t + b * stride_b
   const int64_t* lengths;  // [B], steps of each padded row (CUDA only); null: see active
 
-  int64_t rows_at(int64_t t) const { return active ? active[t] : B; }
+  RNNKERN_HD int64_t rows_at(int64_t t) const { return active ? active[t] : B; }
   // Rows of all data. The host reads active and offset.
   int64_t data_rows() const { return offset ? offset[T - 1] + active[T - 1] : T * B; }
   RNNKERN_HD int64_t batch_row(int64_t j) const { return order ? order[j] : j; }

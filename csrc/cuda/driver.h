@@ -10,25 +10,9 @@
 
 #include "core/problem.h"
 #include "core/status.h"
+#include "cuda/plan.h"
 
 namespace rnnkern {
-
-struct CudaCall {
-  int device;
-  void* stream;     // cudaStream_t
-  void* workspace;  // of forward_workspace or backward_workspace bytes, until the stream is past it
-  bool tf32;        // float32 products may round their factors to TF32
-};
-
-enum class CudaType { float64, float32, float16, bfloat16 };
-
-// How the recurrence of one call runs. The only function that decides is make_cuda_plan.
-struct CudaPlan {
-  bool tensor_cores;
-  int row_tiles;  // of 8 rows, a block
-};
-
-CudaPlan make_cuda_plan(const CudaCall& call, int64_t B, CudaType type);
 
 // Why this build cannot run on a device; empty if it can.
 std::string device_problem(int device);
@@ -39,12 +23,18 @@ int cuda_cell_count();
 
 // T is float, double, __half or __nv_bfloat16; A is float for the 16-bit types.
 template <class T>
-size_t forward_workspace(int cell, const ForwardProblem<T>& problem);
+size_t forward_workspace(int cell, const ForwardProblem<T>& problem, const CudaCall& call);
 template <class T, class A>
 size_t backward_workspace(int cell, const BackwardProblem<T, A>& problem);
 template <class T>
 Status run_forward_cuda(int cell, const ForwardProblem<T>& problem, const CudaCall& call);
 template <class T, class A>
 Status run_backward_cuda(int cell, const BackwardProblem<T, A>& problem, const CudaCall& call);
+
+// How these would run; of the problem, only sizes and whether there is a projection count.
+template <class T>
+CudaPlan forward_plan(int cell, const ForwardProblem<T>& problem, const CudaCall& call);
+template <class T, class A>
+CudaPlan backward_plan(int cell, const BackwardProblem<T, A>& problem, const CudaCall& call);
 
 }  // namespace rnnkern

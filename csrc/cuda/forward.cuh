@@ -1,10 +1,12 @@
-// The forward pass, one step a launch: the recurrent product of a phase and the cell's gate math in
-// one kernel. c stays in the accumulation type; h is kept in the data's type, in two slots, of
-// which a step reads the one and writes the other.
+// The forward pass: what every kernel of it does for one unit of one row, and the kernel of one
+// step a launch: the recurrent product of a phase and the cell's gate math. c stays in the
+// accumulation type; h is kept in the data's type, in two slots, of which a step reads the one and
+// writes the other.
 //
 // Stages of a step: the phases of the cell, then the projection if there is one.
 #pragma once
 
+#include "cuda/exchange.cuh"
 #include "cuda/steps.cuh"
 
 namespace rnnkern {
@@ -16,11 +18,23 @@ struct ForwardScratch {
   T* operand;         // [B,H] q of a two-phase cell, or m before the projection
 };
 
-// The argument of every kernel of this file.
+// Sequence::active and offset on the device, for a persistent kernel.
+struct PackedSteps {
+  int64_t *active, *offset;  // [T]
+};
+
+// A whole call.
 template <class T>
-struct ForwardStep {
+struct ForwardCall {
   ForwardProblem<T> p;
   ForwardScratch<T> scratch[kMaxDirections];
+  Exchange exchange;
+  PackedSteps packed;
+};
+
+// One step of it: the argument of the step-wise kernels.
+template <class T>
+struct ForwardStep : ForwardCall<T> {
   Step now[kMaxDirections], next[kMaxDirections];
   int64_t rows;  // the most that a direction runs
   int slot;      // where h' is
@@ -29,10 +43,12 @@ struct ForwardStep {
 // The states before the first step, into the scratch; a row without steps goes to its final state.
 // One thread an element of [D, B, max(P, H)].
 template <class Cell, class T>
-__global__ void forward_prepare(const ForwardStep<T> s) {
+__global__ void forward_prepare(const ForwardCall<T> s) {
   const ForwardProblem<T>& p = s.p;
   const int64_t width = p.P > p.H ? p.P : p.H;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = index; i < s.exchange.words; i += threads) s.exchange.arrived[i] = 0;
   if (index >= p.D * p.seq.B * width) return;
   const int64_t u = index % width, j = index / width % p.seq.B;
   const int d = static_cast<int>(index / width / p.seq.B);
@@ -56,25 +72,45 @@ __global__ void forward_prepare(const ForwardStep<T> s) {
   }
 }
 
+// Hands out state k of row j after this step; `goes_on` if the row runs the next one.
+template <class T>
+__device__ __forceinline__ void put_result(const ForwardProblem<T>& p, int d, int k,
+                                           const Step& now, bool goes_on, int64_t j, int64_t u,
+                                           Value<Accumulator<T>> value) {
+  const int64_t width = k == 0 ? p.P : p.H;
+  if (k == 0) put(p.dir[d].y + data_row(p.seq, p.y_rows, now, j) * p.D * p.P + u, value);
+  if (!goes_on) put(p.dir[d].final[k] + p.seq.batch_row(j) * width + u, value);
+}
+
+// What state k of row j, which is `value` after step `now`, is before step `next`, which it runs.
+template <class T>
+__device__ __forceinline__ Value<Accumulator<T>> state_before(const ForwardProblem<T>& p, int d,
+                                                              int k, const Step& now,
+                                                              const Step& next, int64_t j,
+                                                              int64_t u,
+                                                              Value<Accumulator<T>> value) {
+  using V = Value<Accumulator<T>>;
+  const int64_t boundary = now.t > next.t ? now.t : next.t;
+  if (!p.seq.reset_at(boundary, j)) return value;
+  if (!valid_length(p.seq, j)) return V(Accumulator<T>(NAN));
+  const T* reset = p.dir[d].reset[k];
+  return reset ? fetch(reset + p.seq.batch_row(j) * (k == 0 ? p.P : p.H) + u)
+               : V(Accumulator<T>(0));
+}
+
 // Writes state k of row j after this step to wherever it is needed next.
 template <class T>
 __device__ void put_state(const ForwardStep<T>& s, int d, int k, int64_t j, int64_t u,
                           Value<Accumulator<T>> value) {
   const ForwardProblem<T>& p = s.p;
-  using V = Value<Accumulator<T>>;
-  const ForwardDirection<T>& io = p.dir[d];
-  const int64_t width = k == 0 ? p.P : p.H, at = p.seq.batch_row(j) * width + u;
-  if (k == 0) put(io.y + data_row(p.seq, p.y_rows, s.now[d], j) * p.D * p.P + u, value);
-  if (!runs(p.seq, s.next[d], j)) return put(io.final[k] + at, value);
-  const int64_t boundary = s.now[d].t > s.next[d].t ? s.now[d].t : s.next[d].t;
-  if (p.seq.reset_at(boundary, j)) {
-    value = io.reset[k] ? fetch(io.reset[k] + at) : V(Accumulator<T>(0));
-    if (!valid_length(p.seq, j)) value = V(Accumulator<T>(NAN));
-  }
+  const bool goes_on = runs(p.seq, s.next[d], j);
+  put_result(p, d, k, s.now[d], goes_on, j, u, value);
+  if (!goes_on) return;
+  value = state_before(p, d, k, s.now[d], s.next[d], j, u, value);
   if (k == 0) {
-    put(s.scratch[d].h[s.slot ^ 1] + j * width + u, value);
+    put(s.scratch[d].h[s.slot ^ 1] + j * p.P + u, value);
   } else {
-    s.scratch[d].c[j * width + u] = value.v;
+    s.scratch[d].c[j * p.H + u] = value.v;
   }
 }
 
@@ -88,52 +124,101 @@ __device__ void keep_previous(const ForwardStep<T>& s, int d, int64_t j, int64_t
   }
 }
 
+// ---- one unit of one row, whose data row is `row` -----------------------------------------------
+// x, and in place of it the activated gates of the phases before.
+template <class Cell, int phase, class T>
+__device__ __forceinline__ void fetch_gates(const ForwardProblem<T>& p, int d, int64_t row,
+                                            int64_t u,
+                                            ForwardUnit<Cell, Value<Accumulator<T>>>& unit) {
+  constexpr int g1 = Cell::first[phase + 1];
+  const T* x = p.dir[d].x + row * p.D * Cell::gates * p.H + u;
+#pragma unroll
+  for (int g = 0; g < g1; ++g) unit.gate[g] = fetch(x + g * p.H);
+}
+
+// The recurrent bias of one unit.
+template <class Cell, class V>
+struct Bias {
+  bool there;
+  V b[Cell::gates];
+};
+template <class Cell, int phase, class T>
+__device__ __forceinline__ Bias<Cell, Value<Accumulator<T>>> fetch_bias(const ForwardProblem<T>& p,
+                                                                        int d, int64_t u) {
+  constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
+  Bias<Cell, Value<Accumulator<T>>> bias{p.dir[d].b != nullptr, {}};
+#pragma unroll
+  for (int g = g0; g < g1; ++g) {
+    if (bias.there && u < p.H) bias.b[g] = fetch(p.dir[d].b + g * p.H + u);
+  }
+  return bias;
+}
+
+// The gate math, from `unit`'s gates and states and the product's r of row n.
+template <class Cell, int phase, class A, int NG, int RN>
+__device__ __forceinline__ void activate(const Bias<Cell, Value<A>>& bias, const A (&r)[NG][RN],
+                                         int n, ForwardUnit<Cell, Value<A>>& unit) {
+  constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
+#pragma unroll
+  for (int g = g0; g < g1; ++g) {
+    unit.r[g] = Value<A>(r[g - g0][n]);
+    if (bias.there) unit.r[g] = unit.r[g] + bias.b[g];
+  }
+  Cell::template forward<phase>(unit);
+}
+
+// What a later phase, or backward, reads.
+template <class Cell, int phase, class T>
+__device__ __forceinline__ void keep_gates(const ForwardProblem<T>& p, int d, int64_t row,
+                                           int64_t u,
+                                           ForwardUnit<Cell, Value<Accumulator<T>>>& unit) {
+  constexpr bool is_last = phase == Cell::phases - 1;
+  constexpr int G = Cell::gates, K = Cell::saved;
+  constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
+  if (is_last && !p.training) return;
+  T* x = p.dir[d].x + row * p.D * G * p.H + u;
+#pragma unroll
+  for (int g = g0; g < g1; ++g) put(x + g * p.H, unit.gate[g]);
+  for (int k = 0; is_last && k < K; ++k)
+    put(p.dir[d].saved + (row * K + k) * p.H + u, unit.saved[k]);
+}
+
+// ---- one step a launch --------------------------------------------------------------------------
 template <class Cell, class Product, int RN, bool projected, int phase>
 __device__ __forceinline__ void forward_phase(const ForwardStep<typename Product::Data>& s,
                                               const Tile& tile) {
   using T = typename Product::Data;
   using A = Accumulator<T>;
   using V = Value<A>;
-  constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved;
-  constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
+  constexpr int S = Cell::states, g0 = Cell::first[phase];
   constexpr bool is_last = phase == Cell::phases - 1;
   const ForwardProblem<T>& p = s.p;
   const int d = tile.d;
   if (s.now[d].t < 0 || tile.j0 >= s.now[d].rows) return;
-  const ForwardDirection<T>& io = p.dir[d];
   const ForwardScratch<T>& scratch = s.scratch[d];
 
   const int64_t width = phase == 0 ? p.P : p.H;
-  A r[g1 - g0][RN];
-  Product::run(Weights<T>{io.R + g0 * p.H * p.P, p.H, width},
+  A r[phase_gates<Cell, phase>][RN];
+  Product::run(Weights<T>{p.dir[d].R + g0 * p.H * p.P, p.H, width},
                Operand<T>{phase == 0 ? scratch.h[s.slot] : scratch.operand, s.now[d].rows}, tile.u0,
                tile.j0, r);
 
   const int64_t u = tile.unit();
+  const auto bias = fetch_bias<Cell, phase>(p, d, u);
 #pragma unroll
   for (int n = 0; n < RN; ++n) {
     const int64_t j = tile.row(n);
     if (u >= p.H || !runs(p.seq, s.now[d], j)) continue;
     const int64_t row = data_row(p.seq, p.x_rows, s.now[d], j);
-    T* x = io.x + row * p.D * G * p.H + u;
     ForwardUnit<Cell, V> unit;
-    for (int g = 0; g < g1; ++g) unit.gate[g] = fetch(x + g * p.H);
-    for (int g = g0; g < g1; ++g) {
-      unit.r[g] = V(r[g - g0][n]);
-      if (io.b) unit.r[g] = unit.r[g] + fetch(io.b + g * p.H + u);
-    }
+    fetch_gates<Cell, phase>(p, d, row, u, unit);
     if (!Cell::projects) unit.prev[0] = fetch(scratch.h[s.slot] + j * p.P + u);
     if (S == 2) unit.prev[S - 1] = V(scratch.c[j * p.H + u]);
-    Cell::template forward<phase>(unit);
-    if (p.training || !is_last) {
-      for (int g = g0; g < g1; ++g) put(x + g * p.H, unit.gate[g]);
-    }
+    activate<Cell, phase>(bias, r, n, unit);
+    keep_gates<Cell, phase>(p, d, row, u, unit);
     if constexpr (!is_last) {
       put(scratch.operand + j * p.H + u, unit.q);
     } else {
-      if (p.training) {
-        for (int k = 0; k < K; ++k) put(io.saved + (row * K + k) * p.H + u, unit.saved[k]);
-      }
       if (S == 2) put_state(s, d, S - 1, j, u, unit.next[S - 1]);
       if constexpr (projected) {
         put(scratch.operand + j * p.H + u, unit.next[0]);

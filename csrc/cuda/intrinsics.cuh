@@ -16,6 +16,17 @@ __device__ __forceinline__ unsigned char* block_memory() {
   return memory;
 }
 
+// How blocks exchange flags: a load that acquires and an addition that releases, for the whole
+// device. What a thread wrote before it released is there for all that have acquired the flag.
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* at) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+  return value;
+}
+__device__ __forceinline__ void add_release(uint64_t* at, uint64_t value) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
 // The nearest TF32 value; ties away from zero.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t bits;

@@ -1,4 +1,4 @@
-// The step-wise driver: lays out the workspace and queues one kernel for each step, which has both
+// The driver: lays out the workspace and queues one kernel for each step, or one for all, with both
 // directions in it. Included by one file for each type, which instantiates it for every cell.
 #pragma once
 
@@ -6,150 +6,35 @@
 #include "cuda/backward.cuh"
 #include "cuda/driver.h"
 #include "cuda/forward.cuh"
+#include "cuda/persistent.cuh"
+#include "cuda/queue.cuh"
 
 namespace rnnkern {
 
-Status device_failed(cudaError_t error);  // remembers it for cuda_error()
-
-// Makes a device current, and what was current before again at the end.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
-    changed_ = error_ == cudaSuccess && before_ != device;
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  cudaError_t error() const { return error_; }
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
-
-// Cuts the workspace into arrays; without memory it only counts.
-struct Carver {
-  unsigned char* base;
-  size_t used = 0;
-
-  template <class T>
-  void take(T*& array, int64_t elements) {
-    array = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(elements) * sizeof(T) + 255) / 256 * 256;
-  }
-};
-
-inline Step step_at(const Sequence& seq, int64_t t) {
-  if (t < 0 || t >= seq.T) return {-1, 0, 0};
-  return {t, seq.rows_at(t), seq.offset ? seq.offset[t] : 0};
-}
-
 constexpr int kPlainMemory = 48 << 10;  // bytes of shared memory that a block has without asking
 
-// What the launches of all steps have in common.
-template <class Argument>
-struct StepKernel {
-  void (*kernel)(Argument);
-  int stages;
-  int64_t units;  // of the widest stage
-  int memory;     // of a block, for the stage that needs most
-};
-
-// Queues kernels on the call's stream; after the first failure it does nothing more.
-class Queue {
- public:
-  Queue(const CudaCall& call, const CudaPlan& plan)
-      : device_(call.device),
-        stream_(static_cast<cudaStream_t>(call.stream)),
-        rows_of_block_(8 * plan.row_tiles) {}
-
-  template <class Argument>
-  void elements(void (*kernel)(Argument), int64_t count, const Argument& argument) {
-    launch(kernel, dim3(blocks(count, kThreads)), {}, argument);
-  }
-
-  // Blocks of a step of several stages that the device runs at once, since they wait for each
-  // other; asked for once a call. 0 for a step of one stage, whose grid has no limit.
-  template <class Argument>
-  int64_t resident(const StepKernel<Argument>& step) {
-    if (step.stages == 1) return 0;
-    int cooperates = 0, multiprocessors = 0, each = 0;
-    fail(cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device_));
-    fail(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_));
-    fail(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, step.kernel, kThreads, step.memory));
-    if (!cooperates) fail(cudaErrorNotSupported);
-    if (each < 1 || multiprocessors < 1) fail(cudaErrorCooperativeLaunchTooLarge);
-    return static_cast<int64_t>(each) * multiprocessors;
-  }
-
-  template <class Argument>
-  void step(const StepKernel<Argument>& step, int64_t resident, const Argument& argument) {
-    const int64_t tiles = static_cast<int64_t>(blocks(step.units, kUnits)) *
-                          static_cast<int64_t>(blocks(argument.rows, rows_of_block_));
-    const int64_t directions = argument.p.D;
-    if (tiles == 0) return;
-    if (tiles > INT32_MAX / directions) return fail(cudaErrorInvalidConfiguration);
-    if (step.stages == 1) {
-      const dim3 grid(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(directions));
-      launch(step.kernel, grid, {step.memory, false}, argument);
-    } else {
-      const int64_t all = tiles * directions;
-      const dim3 grid(static_cast<unsigned>(all < resident ? all : resident));
-      launch(step.kernel, grid, {step.memory, true}, argument);
-    }
-  }
-
-  struct Options {
-    int memory = 0;            // dynamic shared memory of a block
-    bool cooperative = false;  // the grid runs all at once, or the launch fails
-  };
-  template <class... Arguments>
-  void launch(void (*kernel)(Arguments...), dim3 grid, const Options& options,
-              Arguments... arguments) {
-    if (error_ != cudaSuccess) return;
-    cudaLaunchAttribute cooperative{};
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(options.memory);
-    config.stream = stream_;
-    config.attrs = &cooperative;
-    config.numAttrs = options.cooperative ? 1 : 0;
-    fail(cudaLaunchKernelEx(&config, kernel, arguments...));
-  }
-
-  static unsigned blocks(int64_t count, int64_t each) {
-    return static_cast<unsigned>((count + each - 1) / each);
-  }
-
-  void fail(cudaError_t error) {
-    if (error_ == cudaSuccess) error_ = error;
-  }
-  Status status() const { return error_ == cudaSuccess ? Status::ok : device_failed(error_); }
-
- private:
-  int device_;
-  cudaStream_t stream_;
-  int64_t rows_of_block_;
-  cudaError_t error_ = cudaSuccess;
-};
-
+// For a call that may run a persistent kernel, also what that needs in any plan.
 template <class Cell, class T>
-size_t lay_out(const ForwardProblem<T>& p, ForwardScratch<T>* scratch, void* workspace) {
-  Carver carver{static_cast<unsigned char*>(workspace)};
+size_t lay_out(ForwardCall<T>& s, const CudaCall& call) {
+  Carver carver{static_cast<unsigned char*>(call.workspace)};
+  const ForwardProblem<T>& p = s.p;
   const bool projects = p.dir[0].W_hr;
   for (int d = 0; d < p.D; ++d) {
-    ForwardScratch<T>& s = scratch[d];
-    s = {};
-    carver.take(s.h[0], p.seq.B * p.P);
-    carver.take(s.h[1], p.seq.B * p.P);
-    if (Cell::states == 2) carver.take(s.c, p.seq.B * p.H);
-    if (Cell::phases == 2 || projects) carver.take(s.operand, p.seq.B * p.H);
+    ForwardScratch<T>& scratch = s.scratch[d];
+    carver.take(scratch.h[0], p.seq.B * p.P);
+    carver.take(scratch.h[1], p.seq.B * p.P);
+    if (Cell::states == 2) carver.take(scratch.c, p.seq.B * p.H);
+    if (Cell::phases == 2 || projects) carver.take(scratch.operand, p.seq.B * p.H);
+  }
+  s.exchange = {nullptr, 0};
+  s.packed = {nullptr, nullptr};
+  if (call.persistent) {
+    s.exchange.words = p.D * ((p.seq.B + 7) / 8) * kCounterWords;
+    carver.take(s.exchange.arrived, s.exchange.words);
+    if (p.seq.offset) {
+      carver.take(s.packed.active, p.seq.T);
+      carver.take(s.packed.offset, p.seq.T);
+    }
   }
   return carver.used;
 }
@@ -195,11 +80,12 @@ Status forward_steps(const ForwardProblem<typename Product::Data>& p, const Cuda
   const StepKernel<ForwardStep<T>> kernel{forward_step<Cell, Product, RN, projected>,
                                           kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
                                           first > last ? first : last};
-  ForwardStep<T> step{p, {}, {}, {}, 0, 0};
-  lay_out<Cell>(p, step.scratch, call.workspace);
+  ForwardStep<T> step{};
+  step.p = p;
+  lay_out<Cell>(step, call);
   Queue queue(call, plan);
   const int64_t resident = queue.resident(kernel);
-  queue.elements(forward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
+  queue.elements<ForwardCall<T>>(forward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
   for (int64_t i = 0; i < p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
     step.rows = 0;
     for (int d = 0; d < p.D; ++d) {
@@ -211,6 +97,41 @@ Status forward_steps(const ForwardProblem<typename Product::Data>& p, const Cuda
     queue.step(kernel, resident, step);
   }
   return queue.status();
+}
+
+// Packed data: the host's table of steps, into the workspace, where the kernel reads it.
+template <class T>
+void queue_steps(Queue& queue, ForwardCall<T>& s) {
+  Sequence& seq = s.p.seq;
+  for (int64_t first = 0; first < seq.T; first += SomeSteps::kMost) {
+    SomeSteps some{
+        first, seq.T - first < SomeSteps::kMost ? seq.T - first : SomeSteps::kMost, {}, {}};
+    for (int64_t i = 0; i < some.count; ++i) {
+      const Step step = step_at(seq, first + i);
+      some.active[i] = step.rows;
+      some.offset[i] = step.offset;
+    }
+    queue.launch(put_steps<SomeSteps>, dim3(Queue::blocks(some.count, kThreads)), {}, some,
+                 s.packed.active, s.packed.offset);
+  }
+  seq.active = s.packed.active;
+  seq.offset = s.packed.offset;
+}
+
+template <class Cell, class Product, int RN>
+cudaError_t forward_at_once(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
+                            const CudaPlan& plan) {
+  using T = typename Product::Data;
+  ForwardCall<T> s{};
+  s.p = p;
+  lay_out<Cell>(s, call);
+  Queue queue(call, plan);
+  queue.elements(forward_prepare<Cell, T>, p.D * p.seq.B * p.H, s);
+  if (p.seq.offset) queue_steps(queue, s);
+  const dim3 grid(static_cast<unsigned>(plan.blocks_of_group), static_cast<unsigned>(plan.groups),
+                  static_cast<unsigned>(p.D));
+  queue.launch(forward_sequence<Cell, Product, RN>, grid, {static_cast<int>(plan.memory), true}, s);
+  return queue.error();
 }
 
 template <class Cell, class Product, int RN, bool projected>
@@ -254,14 +175,14 @@ Status backward_steps(const BackwardProblem<typename Product::Data, typename Pro
 
 // ---- one call -----------------------------------------------------------------------------------
 template <class Product, class Run>
-Status with_rows(const CudaPlan& plan, Run&& run) {
+auto with_rows(const CudaPlan& plan, Run&& run) {
   return plan.row_tiles == 1 ? run(Product{}, std::integral_constant<int, 1>{})
                              : run(Product{}, std::integral_constant<int, 4>{});
 }
 
 // float64 never runs on tensor cores, float16 always: every device has them.
 template <class T, class Run>
-Status with_plan(const CudaPlan& plan, Run&& run) {
+auto with_plan(const CudaPlan& plan, Run&& run) {
   if constexpr (std::is_same_v<T, double>) {
     return with_rows<ExactProduct<T>>(plan, run);
   } else if constexpr (std::is_same_v<T, __half>) {
@@ -286,43 +207,78 @@ Status with_projection(const Problem& p, Run&& run) {
   return run(std::false_type{});
 }
 
+template <class Cell, class T>
+PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, int64_t H) {
+  CudaPlan plan{};
+  plan.tensor_cores = tensor_cores;
+  plan.row_tiles = row_tiles;
+  return with_plan<T>(plan, [&](auto product, auto rows) {
+    using Product = decltype(product);
+    constexpr int G = Cell::gates, RN = decltype(rows)::value;
+    return PersistentKernel{reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN>),
+                            Product::template kept_bytes<G>(H), Product::template work<G, RN>()};
+  });
+}
+
 template <class T>
 struct CellDriver {
   bool projects;
-  size_t (*forward_workspace)(const ForwardProblem<T>&);
+  int gates;
+  PersistentKernel (*persistent)(bool tensor_cores, int row_tiles, int64_t H);  // or null
+  size_t (*forward_workspace)(const ForwardProblem<T>&, const CudaCall&);
   size_t (*backward_workspace)(const BackwardProblem<T, Accumulator<T>>&);
   Status (*forward)(const ForwardProblem<T>&, const CudaCall&, const CudaPlan&);
   Status (*backward)(const BackwardProblem<T, Accumulator<T>>&, const CudaCall&, const CudaPlan&);
 };
 
 template <class Cell, class T>
+Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaPlan& plan) {
+  return with_plan<T>(plan, [&](auto product, auto rows) {
+    using Product = decltype(product);
+    constexpr int RN = decltype(rows)::value;
+    if constexpr (Cell::phases == 1) {
+      if (plan.blocks_of_group > 0) {
+        const cudaError_t error = forward_at_once<Cell, Product, RN>(p, call, plan);
+        if (error == cudaSuccess) return Status::ok;
+        const Status status = device_failed(error);
+        // A context may have less of the device than the device says. No step has run then.
+        if (error != cudaErrorCooperativeLaunchTooLarge) return status;
+      }
+    }
+    return with_projection<Cell>(p, [&](auto projected) {
+      return forward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
+    });
+  });
+}
+
+template <class Cell, class T>
 constexpr CellDriver<T> cell_driver() {
   using Backward = BackwardProblem<T, Accumulator<T>>;
-  return {Cell::projects,
-          [](const ForwardProblem<T>& p) {
-            ForwardScratch<T> scratch[kMaxDirections];
-            return lay_out<Cell>(p, scratch, nullptr);
-          },
-          [](const Backward& p) {
-            BackwardScratch<T> scratch[kMaxDirections];
-            return lay_out<Cell>(p, scratch, nullptr);
-          },
-          [](const ForwardProblem<T>& p, const CudaCall& call, const CudaPlan& plan) {
-            return with_plan<T>(plan, [&](auto product, auto rows) {
-              return with_projection<Cell>(p, [&](auto projected) {
-                return forward_steps<Cell, decltype(product), decltype(rows)::value,
-                                     decltype(projected)::value>(p, call, plan);
-              });
-            });
-          },
-          [](const Backward& p, const CudaCall& call, const CudaPlan& plan) {
-            return with_plan<T>(plan, [&](auto product, auto rows) {
-              return with_projection<Cell>(p, [&](auto projected) {
-                return backward_steps<Cell, decltype(product), decltype(rows)::value,
-                                      decltype(projected)::value>(p, call, plan);
-              });
-            });
-          }};
+  CellDriver<T> driver{};
+  driver.projects = Cell::projects;
+  driver.gates = Cell::gates;
+  if constexpr (Cell::phases == 1) driver.persistent = persistent_kernel<Cell, T>;
+  driver.forward_workspace = [](const ForwardProblem<T>& p, const CudaCall& call) {
+    ForwardCall<T> counted{};
+    counted.p = p;
+    CudaCall nowhere = call;
+    nowhere.workspace = nullptr;
+    return lay_out<Cell>(counted, nowhere);
+  };
+  driver.backward_workspace = [](const Backward& p) {
+    BackwardScratch<T> scratch[kMaxDirections];
+    return lay_out<Cell>(p, scratch, nullptr);
+  };
+  driver.forward = run_forward<Cell, T>;
+  driver.backward = [](const Backward& p, const CudaCall& call, const CudaPlan& plan) {
+    return with_plan<T>(plan, [&](auto product, auto rows) {
+      return with_projection<Cell>(p, [&](auto projected) {
+        return backward_steps<Cell, decltype(product), decltype(rows)::value,
+                              decltype(projected)::value>(p, call, plan);
+      });
+    });
+  };
+  return driver;
 }
 
 template <class T>
@@ -338,18 +294,32 @@ Status check_problem(int cell, const Problem& p) {
   return valid_sizes(p, cell_drivers<T>[cell].projects) ? Status::ok : Status::bad_problem;
 }
 
+// The recurrence of a layer without a projection may be a persistent kernel's.
+template <class T>
+CudaPlan forward_plan(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
+  const CellDriver<T>& driver = cell_drivers<T>[cell];
+  const auto persistent = p.dir[0].W_hr ? nullptr : driver.persistent;
+  return make_cuda_plan(call, {cuda_type<T>, p.seq.B, p.H, p.D, driver.gates, persistent});
+}
+
+template <class T, class A>
+CudaPlan backward_plan(int cell, const BackwardProblem<T, A>& p, const CudaCall& call) {
+  const int gates = cell_drivers<T>[cell].gates;
+  return make_cuda_plan(call, {cuda_type<T>, p.seq.B, p.H, p.D, gates, nullptr});
+}
+
 template <class T, class Problem, class Run>
 Status run_call(int cell, const Problem& problem, const CudaCall& call, Run&& run) {
   const Status status = check_problem<T>(cell, problem);
   if (status != Status::ok) return status;
   const DeviceGuard guard(call.device);
   if (guard.error() != cudaSuccess) return device_failed(guard.error());
-  return run(make_cuda_plan(call, problem.seq.B, cuda_type<T>));
+  return run(cell_drivers<T>[cell]);
 }
 
 template <class T>
-size_t forward_workspace(int cell, const ForwardProblem<T>& p) {
-  return cell_drivers<T>[cell].forward_workspace(p);
+size_t forward_workspace(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
+  return cell_drivers<T>[cell].forward_workspace(p, call);
 }
 
 template <class T, class A>
@@ -359,23 +329,26 @@ size_t backward_workspace(int cell, const BackwardProblem<T, A>& p) {
 
 template <class T>
 Status run_forward_cuda(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
-  return run_call<T>(cell, p, call, [&](const CudaPlan& plan) {
-    return cell_drivers<T>[cell].forward(p, call, plan);
+  return run_call<T>(cell, p, call, [&](const CellDriver<T>& driver) {
+    return driver.forward(p, call, forward_plan(cell, p, call));
   });
 }
 
 template <class T, class A>
 Status run_backward_cuda(int cell, const BackwardProblem<T, A>& p, const CudaCall& call) {
-  return run_call<T>(cell, p, call, [&](const CudaPlan& plan) {
-    return cell_drivers<T>[cell].backward(p, call, plan);
+  return run_call<T>(cell, p, call, [&](const CellDriver<T>& driver) {
+    return driver.backward(p, call, backward_plan(cell, p, call));
   });
 }
 
 #define RNNKERN_CUDA_TYPE(T)                                                             \
-  template size_t forward_workspace<T>(int, const ForwardProblem<T>&);                   \
+  template size_t forward_workspace<T>(int, const ForwardProblem<T>&, const CudaCall&);  \
   template size_t backward_workspace<T>(int, const BackwardProblem<T, Accumulator<T>>&); \
   template Status run_forward_cuda<T>(int, const ForwardProblem<T>&, const CudaCall&);   \
   template Status run_backward_cuda<T>(int, const BackwardProblem<T, Accumulator<T>>&,   \
-                                       const CudaCall&);
+                                       const CudaCall&);                                 \
+  template CudaPlan forward_plan<T>(int, const ForwardProblem<T>&, const CudaCall&);     \
+  template CudaPlan backward_plan<T>(int, const BackwardProblem<T, Accumulator<T>>&,     \
+                                     const CudaCall&);
 
 }  // namespace rnnkern

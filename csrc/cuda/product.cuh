@@ -5,7 +5,9 @@
 // A block has kThreads threads. Whatever computes the product, thread i ends with unit i % kUnits
 // of the tile and the rows i / kUnits + 8·n (n < RN), all gates, in registers, where the cell's
 // gate math takes them; neighbouring threads have neighbouring units, so memory is touched in
-// pieces of kUnits elements. The order of a sum depends on neither RN nor the grid.
+// pieces of kUnits elements. The order of a sum depends on neither RN nor the grid, nor on where w
+// is: in global memory, or, for a block that multiplies by the same rows again and again, kept in
+// its shared memory (`keep`, then `run` with a Kept).
 #pragma once
 
 #include "cuda/value.cuh"
@@ -30,6 +32,12 @@ struct Operand {
   int64_t rows;   // of which there are; beyond, the product is zero
 };
 
+// The weights of one block, in an order of the product's own.
+struct Kept {
+  unsigned char* data;  // in shared memory, aligned to 16 bytes
+  int64_t K;
+};
+
 // ---- exact: fused multiply-adds in the accumulation type, tiles in shared memory ------------
 template <class T>
 struct ExactProduct {
@@ -39,15 +47,66 @@ struct ExactProduct {
 
   template <int NG, int RN>
   static constexpr int memory() {
-    return kDepth * (pitch(NG * kUnits) + pitch(8 * RN)) * static_cast<int>(sizeof(A));
+    return kDepth * pitch(NG * kUnits) * static_cast<int>(sizeof(A)) + work<NG, RN>();
   }
 
   template <int NG, int RN>
   __device__ static void run(const Weights<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
                              A (&r)[NG][RN]) {
+    A* tile_a = reinterpret_cast<A*>(block_memory());  // [kDepth][pitch(8·RN)]
+    A* tile_w = tile_a + kDepth * pitch(8 * RN);       // [kDepth][pitch(NG·kUnits)]
+    const auto weights = [&](int64_t k0) {
+      copy<NG * kUnits>(w, u0, k0, tile_w);
+      return tile_w;
+    };
+    multiply(w.K, weights, a, j0, tile_a, r);
+  }
+
+  // ---- weights that are kept: [K, rounded up to kDepth][pitch(NG·kUnits)]
+  template <int NG>
+  static int64_t kept_bytes(int64_t K) {
+    return (K + kDepth - 1) / kDepth * kDepth * pitch(NG * kUnits) * int64_t(sizeof(A));
+  }
+  template <int NG, int RN>
+  RNNKERN_HD static constexpr int work() {  // bytes that run takes besides
+    return kDepth * pitch(8 * RN) * static_cast<int>(sizeof(A));
+  }
+  template <int NG>
+  __device__ static void keep(const Weights<T>& w, int64_t u0, unsigned char* data) {
+    constexpr int M = NG * kUnits;
+    for (int64_t k0 = 0; k0 < w.K; k0 += kDepth)
+      copy<M>(w, u0, k0, reinterpret_cast<A*>(data) + k0 * pitch(M));
+  }
+  template <int NG, int RN>
+  __device__ static void run(const Kept& w, const Operand<T>& a, int64_t, int64_t j0,
+                             A (&r)[NG][RN]) {
+    const A* kept = reinterpret_cast<const A*>(w.data);
+    const auto weights = [&](int64_t k0) { return kept + k0 * pitch(NG * kUnits); };
+    multiply(w.K, weights, a, j0, reinterpret_cast<A*>(block_memory()), r);
+  }
+
+ private:
+  RNNKERN_HD static constexpr int pitch(int n) {
+    return n + 1;
+  }  // lanes write columns: other banks
+
+  // Rows m of w, k = k0 .. k0 + kDepth - 1; zero outside.
+  template <int M>
+  __device__ static void copy(const Weights<T>& w, int64_t u0, int64_t k0, A* tile) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int64_t k = k0 + lane;
+    for (int m = warp; m < M; m += kWarps) {
+      const int64_t u = u0 + m % kUnits;
+      const bool in = u < w.N && k < w.K;
+      tile[lane * pitch(M) + m] = in ? widen(w.data[(m / kUnits * w.N + u) * w.K + k]) : A(0);
+    }
+  }
+
+  // weights(k0) is the tile of w from k0 on, complete after the next barrier.
+  template <int NG, int RN, class TileAt>
+  __device__ __forceinline__ static void multiply(int64_t K, TileAt weights, const Operand<T>& a,
+                                                  int64_t j0, A* tile_a, A (&r)[NG][RN]) {
     constexpr int M = NG * kUnits, J = 8 * RN;
-    A* tile_w = reinterpret_cast<A*>(block_memory());  // [kDepth][pitch(M)]
-    A* tile_a = tile_w + kDepth * pitch(M);            // [kDepth][pitch(J)]
     const int unit = threadIdx.x % kUnits, row = threadIdx.x / kUnits;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -55,16 +114,12 @@ struct ExactProduct {
 #pragma unroll
       for (int n = 0; n < RN; ++n) r[g][n] = A(0);
     }
-    for (int64_t k0 = 0; k0 < w.K; k0 += kDepth) {
+    for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
+      const A* tile_w = weights(k0);
       const int64_t k = k0 + lane;
-      for (int m = warp; m < M; m += kWarps) {
-        const int64_t u = u0 + m % kUnits;
-        const bool in = u < w.N && k < w.K;
-        tile_w[lane * pitch(M) + m] = in ? widen(w.data[(m / kUnits * w.N + u) * w.K + k]) : A(0);
-      }
       for (int m = warp; m < J; m += kWarps) {
-        const bool in = j0 + m < a.rows && k < w.K;
-        tile_a[lane * pitch(J) + m] = in ? widen(a.data[(j0 + m) * w.K + k]) : A(0);
+        const bool in = j0 + m < a.rows && k < K;
+        tile_a[lane * pitch(J) + m] = in ? widen(a.data[(j0 + m) * K + k]) : A(0);
       }
       __syncthreads();
 #pragma unroll 8
@@ -82,11 +137,6 @@ struct ExactProduct {
       __syncthreads();
     }
   }
-
- private:
-  RNNKERN_HD static constexpr int pitch(int n) {
-    return n + 1;
-  }  // lanes write columns: other banks
 };
 
 // ---- tensor cores: 16-bit types, and float by way of TF32 ----------------------------------
@@ -102,13 +152,84 @@ struct TensorProduct {
   static constexpr int kDepth = 4 * kElements;                        // k of a warp at a time
 
   template <int NG, int RN>
-  static constexpr int memory() {
+  RNNKERN_HD static constexpr int memory() {
     return kWarps * NG * kUnits * pitch(RN) * static_cast<int>(sizeof(float));
   }
 
   template <int NG, int RN>
   __device__ static void run(const Weights<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
                              float (&r)[NG][RN]) {
+    const bool whole = aligned(w.data, w.K);
+    const auto weights = [&](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
+      fetch(w, u0, g, k0, whole, low, high);
+    };
+    multiply(w.K, weights, a, j0, r);
+  }
+
+  // ---- weights that are kept: [K / kDepth, rounded up][NG][low, high][lane] of 16 bytes, which
+  // a lane reads as the words that mma wants
+  template <int NG>
+  static int64_t kept_bytes(int64_t K) {
+    return (K + kDepth - 1) / kDepth * NG * 2 * 32 * int64_t(sizeof(uint4));
+  }
+  template <int NG, int RN>
+  RNNKERN_HD static constexpr int work() {
+    return memory<NG, RN>();
+  }
+  template <int NG>
+  __device__ static void keep(const Weights<T>& w, int64_t u0, unsigned char* data) {
+    const bool whole = aligned(w.data, w.K);
+    for (int64_t k0 = threadIdx.x / 32 * kDepth; k0 < w.K; k0 += kWarps * kDepth) {
+#pragma unroll
+      for (int g = 0; g < NG; ++g) {
+        uint32_t low[kWords], high[kWords];
+        fetch(w, u0, g, k0, whole, low, high);
+        uint4* to = place<NG>(data, g, k0);
+        memcpy(to, low, sizeof low);
+        memcpy(to + 32, high, sizeof high);
+      }
+    }
+  }
+  template <int NG, int RN>
+  __device__ static void run(const Kept& w, const Operand<T>& a, int64_t, int64_t j0,
+                             float (&r)[NG][RN]) {
+    const auto weights = [&](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
+      const uint4* from = place<NG>(w.data, g, k0);
+      const uint4 one = from[0], other = from[32];
+      memcpy(low, &one, sizeof low);
+      memcpy(high, &other, sizeof high);
+    };
+    multiply(w.K, weights, a, j0, r);
+  }
+
+ private:
+  RNNKERN_HD static constexpr int pitch(int RN) { return 8 * RN + 1; }
+
+  // Where this lane's words of 16 rows and of kDepth elements from k0 on are kept.
+  template <int NG>
+  __device__ static uint4* place(unsigned char* data, int g, int64_t k0) {
+    return reinterpret_cast<uint4*>(data) + (k0 / kDepth * NG + g) * 64 + threadIdx.x % 32;
+  }
+
+  // Whether every 16 bytes of a row that start where a lane may read lie so in memory.
+  __device__ static bool aligned(const T* data, int64_t K) {
+    return K % kElements == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+
+  // This lane's words of gate g, k = k0 .. k0 + kDepth - 1: of its row, and of the one 8 below.
+  __device__ __forceinline__ static void fetch(const Weights<T>& w, int64_t u0, int g, int64_t k0,
+                                               bool whole, uint32_t (&low)[kWords],
+                                               uint32_t (&high)[kWords]) {
+    const int64_t u = u0 + threadIdx.x % 32 / 4, k = k0 + threadIdx.x % 4 * kElements;
+    const T* data = w.data + g * w.N * w.K;
+    load(data, u, w.N, k, w.K, whole, low);
+    load(data, u + 8, w.N, k, w.K, whole, high);
+  }
+
+  // weights(g, k0, low, high) are this lane's words of w.
+  template <int NG, int RN, class WordsAt>
+  __device__ __forceinline__ static void multiply(int64_t K, WordsAt weights, const Operand<T>& a,
+                                                  int64_t j0, float (&r)[NG][RN]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int q = lane % 4, row = lane / 4;
     float c[NG][RN][4];
@@ -120,19 +241,16 @@ struct TensorProduct {
         for (int i = 0; i < 4; ++i) c[g][n][i] = 0.0f;
       }
     }
-    const bool aligned =
-        w.K % kElements == 0 &&
-        (reinterpret_cast<uintptr_t>(w.data) | reinterpret_cast<uintptr_t>(a.data)) % 16 == 0;
-    for (int64_t k0 = warp * kDepth; k0 < w.K; k0 += kWarps * kDepth) {
+    const bool whole = aligned(a.data, K);
+    for (int64_t k0 = warp * kDepth; k0 < K; k0 += kWarps * kDepth) {
       const int64_t k = k0 + q * kElements;
       uint32_t rows[RN][kWords];
 #pragma unroll
-      for (int n = 0; n < RN; ++n) load(a.data, j0 + row + 8 * n, a.rows, k, w.K, aligned, rows[n]);
+      for (int n = 0; n < RN; ++n) load(a.data, j0 + row + 8 * n, a.rows, k, K, whole, rows[n]);
 #pragma unroll
       for (int g = 0; g < NG; ++g) {
         uint32_t low[kWords], high[kWords];
-        load(w.data + g * w.N * w.K, u0 + row, w.N, k, w.K, aligned, low);
-        load(w.data + g * w.N * w.K, u0 + row + 8, w.N, k, w.K, aligned, high);
+        weights(g, k0, low, high);
 #pragma unroll
         for (int n = 0; n < RN; ++n) {
 #pragma unroll
@@ -141,6 +259,14 @@ struct TensorProduct {
         }
       }
     }
+    add_up(c, r);
+  }
+
+  // The sums of the four warps' fragments, in order.
+  template <int NG, int RN>
+  __device__ __forceinline__ static void add_up(const float (&c)[NG][RN][4], float (&r)[NG][RN]) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int q = lane % 4, row = lane / 4;
     float* sums = reinterpret_cast<float*>(block_memory());  // [kWarps][NG·kUnits][pitch(RN)]
 #pragma unroll
     for (int g = 0; g < NG; ++g) {
@@ -167,9 +293,6 @@ struct TensorProduct {
       }
     }
   }
-
- private:
-  RNNKERN_HD static constexpr int pitch(int RN) { return 8 * RN + 1; }
 
   // Elements k .. k + kElements - 1 of one row; zero outside.
   __device__ static void load(const T* data, int64_t row, int64_t rows, int64_t k, int64_t K,

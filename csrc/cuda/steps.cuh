@@ -1,9 +1,9 @@
 // What the kernels of both passes share: one step as a kernel sees it, and where its rows are.
 //
-// The driver launches one grid a step, for all directions at once. A step of one stage has a block
-// for each tile. Where a step has several, each needs all of the one before: the whole grid waits
-// between them, and as it can be no larger than what the device runs at once, its blocks share the
-// tiles of every stage.
+// But for the persistent kernel (persistent.cuh), the driver launches one grid a step, for all
+// directions at once. A step of one stage has a block for each tile. Where a step has several, each
+// needs all of the one before: the whole grid waits between them, and as it can be no larger than
+// what the device runs at once, its blocks share the tiles of every stage.
 //
 // Packed rows of a step are the first `rows` ones; padded rows run while t < lengths[j] (a length
 // outside [0, T] is taken for T, and the row's initial state for NaN, so that the mistake shows in
@@ -24,6 +24,12 @@ struct Step {
   int64_t rows;    // rows that may run; B for padded data
   int64_t offset;  // packed data: the first row of this step
 };
+
+// Step t of a sequence whose `active` and `offset` lie where this runs.
+RNNKERN_HD Step step_at(const Sequence& seq, int64_t t) {
+  if (t < 0 || t >= seq.T) return {-1, 0, 0};
+  return {t, seq.rows_at(t), seq.offset ? seq.offset[t] : 0};
+}
 
 __device__ __forceinline__ bool valid_length(const Sequence& seq, int64_t j) {
   return !seq.lengths || (seq.lengths[j] >= 0 && seq.lengths[j] <= seq.T);

@@ -7,10 +7,11 @@ result of their row NaN.
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from rnnkern.checks import (
 )
 from rnnkern.kernels import Backend, Backward, Steps, address
 
+Plan: TypeAlias = dict[str, dict[str, Any]]
 _NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -37,6 +39,7 @@ _NAMES = {
 }
 
 
+PLANS = ("stepwise", "persistent")
 _WHY_NOT = "no CUDA compiler was found, or RNNKERN_CUDA=OFF was set, when it was built"
 
 
@@ -58,6 +61,20 @@ def uses_tf32(T: int) -> bool:
 def _allows_tf32(settings: Any) -> bool:
     precision = getattr(settings, "fp32_precision", None)  # from torch 2.9 on
     return bool(settings.allow_tf32 if precision is None else precision == "tf32")
+
+
+def pinned_plan() -> str:
+    """Return which plan ``RNNKERN_CUDA_PLAN`` asks for; the first of `PLANS` where it is not set.
+
+    Raises
+    ------
+    ValueError
+        If it is set to anything else.
+    """
+    name = os.environ.get("RNNKERN_CUDA_PLAN", PLANS[0])
+    if name not in PLANS:
+        raise ValueError(f"RNNKERN_CUDA_PLAN: expected {' or '.join(PLANS)}, got {name!r}")
+    return name
 
 
 class Cuda(Backend):
@@ -124,12 +141,23 @@ class Cuda(Backend):
         run = getattr(self._native, f"{which}_{_NAMES[like.dtype]}")
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
         device = like.device.index if like.is_cuda else self._device
-        tf32 = uses_tf32(T=problem[0][0])
-        size = run(cell.index, (device, stream, 0, tf32), *problem)
+        how = (uses_tf32(T=problem[0][0]), pinned_plan() == "persistent")
+        size = run(cell.index, (device, stream, 0, *how), *problem)
         # The allocator hands it on only to work that comes later on the same stream.
         workspace = like.new_empty(size, dtype=torch.uint8)
         with _current(like.device):
-            run(cell.index, (device, stream, workspace.data_ptr(), tf32), *problem)
+            run(cell.index, (device, stream, workspace.data_ptr(), *how), *problem)
+
+    def plan(
+        self, cell: Cell, data: Tensor, dtype: torch.dtype, T: int, B: int, H: int, D: int, P: int
+    ) -> Plan:
+        """Return how both passes would run; `P` is 0 without a projection."""
+        device = data.device.index if data.is_cuda else self._device
+        where = (device, 0, 0, uses_tf32(T), pinned_plan() == "persistent")
+        chosen: Plan = getattr(self._native, f"plan_{_NAMES[dtype]}")(
+            cell.index, where, (B, H, D, P > 0)
+        )
+        return chosen
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
@@ -161,11 +189,11 @@ def _missing(index: int) -> str | None:
     return reason or None
 
 
-def plan(data: Tensor, dtype: torch.dtype, T: int, B: int) -> dict[str, Any]:
+def plan(
+    cell: Cell, data: Tensor, dtype: torch.dtype, T: int, B: int, H: int, D: int, P: int
+) -> Plan:
     """Return how the kernels would run T steps of B rows of a type, where they do."""
-    index = data.device.index or 0
-    chosen: dict[str, Any] = cuda_module().plan(index, uses_tf32(T), B, _NAMES[dtype])
-    return chosen
+    return _backend().plan(cell, data, dtype, T, B, H, D, P)
 
 
 def summary() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ class Explanation:
         Threads of the team, from ``torch.get_num_threads()`` and the plan.
     plan : dict
         On a CPU how the team shares each pass: groups over directions, batch rows and hidden units.
-        On a GPU whether tensor cores multiply, and the batch rows of a block.
+        On a GPU, of each pass, its kind ("stepwise": a launch for each step, or "persistent": one
+        for all), whether tensor cores multiply, the batch rows of a block, and of a persistent
+        kernel the groups, the blocks of each, and the bytes of R that a block keeps.
     """
 
     cell: str
@@ -46,7 +49,7 @@ class Explanation:
     compute_dtype: torch.dtype
     isa: str = ""
     threads: int = 0
-    plan: dict[str, dict[str, float]] = field(default_factory=dict)
+    plan: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return it as lines for people."""
@@ -56,12 +59,9 @@ class Explanation:
         if self.dtype != self.compute_dtype:
             types += f", computed in {self.compute_dtype}".replace("torch.", "")
         if self.backend == "cuda":
-            step = self.plan["step"]
-            cores = "tensor cores" if step["tensor_cores"] else "fused multiply-adds"
-            return (
-                f"{self.cell}: cuda kernel, {types}, one launch a step,"
-                f" {cores}, {step['rows_of_a_block']} rows a block"
-            )
+            lines = [f"{self.cell}: cuda kernel, {types}"]
+            lines += [f"  {name}: {_launches(plan)}" for name, plan in self.plan.items()]
+            return "\n".join(lines)
         lines = [f"{self.cell}: {self.backend} kernel, {self.isa}, {types}"]
         for name, plan in self.plan.items():
             groups = ", ".join(
@@ -78,6 +78,18 @@ class Explanation:
                 f" model {plan['step_microseconds']:.1f} µs a step"
             )
         return "\n".join(lines)
+
+
+def _launches(plan: dict[str, Any]) -> str:
+    """Return in words how a pass runs on a GPU."""
+    cores = "tensor cores" if plan["tensor_cores"] else "fused multiply-adds"
+    words = f"one launch a step, {cores}, {plan['rows_of_a_block']} rows a block"
+    if plan["kind"] == "persistent":
+        words = words.replace("a step", "for all steps") + (
+            f" at a time; {plan['groups']} group(s) a direction of {plan['blocks_of_a_group']}"
+            f" block(s), {plan['resident_bytes']} bytes of weights in each"
+        )
+    return words
 
 
 def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Explanation:
@@ -123,8 +135,8 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
         if batch_first and data.dim() == 3:
             T, B = B, T
     if data.is_cuda:
-        step = {"step": cuda.plan(data, dtype, T, B)}
-        return Explanation(name, "cuda", "", data.dtype, dtype, plan=step)
+        passes = cuda.plan(get_cell(name), data, dtype, T, max(B, 1), module.hidden_size, D, P)
+        return Explanation(name, "cuda", "", data.dtype, dtype, plan=passes)
     compute = cpu.computed(dtype)
     plan_of = cpu.KERNELS[compute].plan
     cell, H = get_cell(name).index, module.hidden_size

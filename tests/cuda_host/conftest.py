@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import leaves, run_op
+from cases import Case, leaves, run_op
 from cuda_host.build import NAME, build, build_probe
 from rnnkern import cuda, kernels
 from rnnkern.arguments import LayerInputs
+from rnnkern.cells import get_cell
 from torch import Tensor
 
 
@@ -62,14 +63,33 @@ class Host:
         """Make one barrier of the grid not wait; -1: none."""
         self.library.cuda_host_drop_grid_barrier(ctypes.c_long(index))
 
-    def device_size(self, multiprocessors: int = 4, threads: int = 1024) -> None:
-        """Let every device have so many multiprocessors of so many threads each."""
-        self.library.cuda_host_multiprocessors(multiprocessors)
+    def drop_release(self, index: int) -> None:
+        """Leave out what every thread releases for the n-th time; -1: nothing."""
+        self.library.cuda_host_drop_release(ctypes.c_long(index))
+
+    def drop_wait(self, index: int) -> None:
+        """Let nobody wait between its n-th release and the next; -1: all do."""
+        self.library.cuda_host_drop_wait(ctypes.c_long(index))
+
+    def device_size(
+        self, multiprocessors: int = 4, threads: int = 1024, claimed: int | None = None
+    ) -> None:
+        """Let every device have so many multiprocessors of so many threads each.
+
+        It claims to have `claimed` of them, as in a context that has not all of the device.
+        """
+        self.library.cuda_host_multiprocessors(multiprocessors, claimed or multiprocessors)
         self.library.cuda_host_threads_of_multiprocessor(threads)
 
     def launches(self) -> Launches:
         """Return how many grids have been launched so far."""
         return Launches(*map(self.library.cuda_host_launches, (0, 1)))
+
+
+def plan_of(host: Host, case: Case, dtype: torch.dtype, device: int = 0) -> cuda.Plan:
+    """Return how forward and backward of a case run, as ``rnnkern.explain`` tells it."""
+    backend, like = cuda.Cuda(host.native, device), torch.empty(0, dtype=dtype)
+    return backend.plan(get_cell(case.cell), like, dtype, case.T, case.B, case.H, case.D, case.P)
 
 
 FLAGS = os.environ.get("RNNKERN_HOST_FLAGS", "").split()
@@ -109,6 +129,8 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield built
     built.drop_barrier(-1)
     built.drop_grid_barrier(-1)
+    built.drop_release(-1)
+    built.drop_wait(-1)
     built.device_size()
 
 

@@ -40,6 +40,7 @@ constexpr size_t kSlowness = 64, kSlowWarps = 4;
 
 thread_local std::mt19937_64 generator{1};
 thread_local long dropped_barrier = -1, dropped_grid_barrier = -1;
+thread_local long dropped_release = -1, dropped_wait = -1;
 
 struct Fiber;
 
@@ -69,7 +70,7 @@ struct Fiber {
   ucontext_t context;
   jmp_buf where;
   bool started = false;
-  long barriers = 0, grid_barriers = 0;
+  long barriers = 0, grid_barriers = 0, releases = 0;
   const void* polled = nullptr;  // where, and what was there
   uint64_t found = 0;
   void* fake_stack = nullptr;
@@ -300,6 +301,9 @@ void make_way(const void* address, uint64_t before, uint64_t after) {
   go_on_later();
 }
 
+bool drops_release() { return grid->now->releases++ == dropped_release; }
+bool drops_wait() { return dropped_wait >= 0 && grid->now->releases == dropped_wait + 1; }
+
 void fail(const char* message) {
   record(message + place(" in block", blockIdx) + place(", thread", threadIdx));
   wait();
@@ -328,5 +332,9 @@ void cuda_host_seed(uint64_t seed) { cuda_host::generator.seed(seed); }
 // In every thread of every launch, barrier number `index` does not wait; -1: all do.
 void cuda_host_drop_barrier(long index) { cuda_host::dropped_barrier = index; }
 void cuda_host_drop_grid_barrier(long index) { cuda_host::dropped_grid_barrier = index; }
+// In every thread of every launch, release number `index` is left out; or what the thread acquires
+// between that release and its next one is found at once; -1: none.
+void cuda_host_drop_release(long index) { cuda_host::dropped_release = index; }
+void cuda_host_drop_wait(long index) { cuda_host::dropped_wait = index; }
 }
 #pragma GCC visibility pop

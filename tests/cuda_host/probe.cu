@@ -24,7 +24,7 @@ struct Faults {
 struct Exchange {
   uint32_t* values;   // [2,N]
   uint64_t* words;    // [2,N], value and phase, zeros at first
-  uint32_t* arrived;  // [1], zero at first
+  uint64_t* arrived;  // [1], zero at first
   int phases;
   Faults faults;
 };
@@ -63,7 +63,7 @@ __global__ void by_counter(Exchange e) {
     __syncthreads();
     if (threadIdx.x == 0) {
       add_release(e.arrived, 1);
-      const uint32_t all = gridDim.x * (p + 1);
+      const uint64_t all = gridDim.x * (p + 1);
       wait_until(e.faults, [&] { return load_acquire(e.arrived) >= all; });
     }
     __syncthreads();
@@ -76,9 +76,10 @@ __global__ void by_atomics(Exchange e) {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      atomicAdd(e.arrived, 1u);
-      const uint32_t all = gridDim.x * (p + 1);
-      wait_until(e.faults, [&] { return atomicAdd(e.arrived, 0u) >= all; });
+      auto* arrived = reinterpret_cast<unsigned long long*>(e.arrived);
+      atomicAdd(arrived, 1ull);
+      const uint64_t all = gridDim.x * (p + 1);
+      wait_until(e.faults, [&] { return atomicAdd(arrived, 0ull) >= all; });
       __threadfence();
     }
     __syncthreads();
@@ -151,7 +152,7 @@ __global__ void parted(int how, float* out) {
   } else if (how == 3) {
     if (lane != 7) __syncwarp();
   } else {
-    while (load_acquire(reinterpret_cast<const uint32_t*>(out)) == 0) __syncwarp();
+    while (load_acquire(reinterpret_cast<const uint64_t*>(out)) == 0) __syncwarp();
   }
 }
 

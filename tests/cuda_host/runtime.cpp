@@ -28,7 +28,8 @@ constexpr Device kDevice[kDevices] = {{90, 227 * kKiB, 228 * kKiB, kKiB, true},
                                       {90, 227 * kKiB, 228 * kKiB, kKiB, false}};
 
 int multiprocessors = 4, threads_of_multiprocessor = 1024;
-std::atomic<long> launches[2];  // cooperative or not
+int claimed_multiprocessors = 4;  // what a device says of itself
+std::atomic<long> launches[2];    // cooperative or not
 thread_local int current_device = 0;
 thread_local std::string failure;
 
@@ -115,7 +116,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   const cuda_host::Device& d = cuda_host::kDevice[device];
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock: return answer(cuda_host::kPlainMemory);
-    case cudaDevAttrMultiProcessorCount: return answer(cuda_host::multiprocessors);
+    case cudaDevAttrMultiProcessorCount: return answer(cuda_host::claimed_multiprocessors);
     case cudaDevAttrMaxThreadsPerMultiProcessor:
       return answer(cuda_host::threads_of_multiprocessor);
     case cudaDevAttrComputeCapabilityMajor: return answer(d.architecture / 10);
@@ -148,8 +149,11 @@ const char* cudaGetErrorString(cudaError_t error) {
 // ---- for the tests, through ctypes --------------------------------------------------------------
 #pragma GCC visibility push(default)
 extern "C" {
-// The size of all devices from here on.
-void cuda_host_multiprocessors(int count) { cuda_host::multiprocessors = count; }
+// The size of all devices from here on, and what they claim, which may be more.
+void cuda_host_multiprocessors(int count, int claimed) {
+  cuda_host::multiprocessors = count;
+  cuda_host::claimed_multiprocessors = claimed;
+}
 void cuda_host_threads_of_multiprocessor(int count) {
   cuda_host::threads_of_multiprocessor = count;
 }

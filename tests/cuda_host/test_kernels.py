@@ -23,7 +23,7 @@ from cases import (
     run_op,
     same_bits,
 )
-from cuda_host.conftest import Host, shows
+from cuda_host.conftest import Host, plan_of, shows
 from rnnkern import cuda
 from rnnkern.cells import CELLS
 from rnnkern.ops import DIFFERENTIABLE
@@ -77,9 +77,9 @@ def gradients_of(case: Case) -> tuple[str, ...]:
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("device", [0, 1], ids=["sm_90", "sm_75"])
 def test_narrow(host: Host, case: Case, dtype: torch.dtype, device: int) -> None:
-    plan = host.native.plan(device, False, case.B, str(dtype).removeprefix("torch."))
-    assert plan["tensor_cores"] is (device == 0 or dtype == torch.float16)
     args, needs = build(case, dtype), gradients_of(case)
+    for plan in plan_of(host, case, dtype, device).values():
+        assert plan["tensor_cores"] is (device == 0 or dtype == torch.float16)
     with host.operators(device):
         found = evaluate(args, needs=needs)
     assert_matches(found, expected(args, needs=needs), dtype=dtype)
@@ -88,9 +88,9 @@ def test_narrow(host: Host, case: Case, dtype: torch.dtype, device: int) -> None
 @cases_of(spread())
 def test_tf32(host: Host, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "uses_tf32", lambda T: True)
-    assert host.native.plan(0, True, case.B, "float32")["tensor_cores"]
-    assert not host.native.plan(0, False, case.B, "float32")["tensor_cores"]
-    assert not host.native.plan(1, True, case.B, "float32")["tensor_cores"]  # sm_75
+    for device in (0, 1):  # sm_90, sm_75
+        for plan in plan_of(host, case, torch.float32, device).values():
+            assert plan["tensor_cores"] is (device == 0)
     args, needs = build(case, torch.float32), gradients_of(case)
     found, wanted = evaluate(args, needs=needs), expected(args, needs=needs)
     assert_matches(found, wanted, dtype=torch.float16)  # which has as many bits of mantissa

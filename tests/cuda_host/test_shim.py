@@ -51,7 +51,7 @@ class Probe:
         self.library.cuda_host_seed(ctypes.c_uint64(value))
 
     def multiprocessors(self, count: int) -> None:
-        self.library.cuda_host_multiprocessors(count)
+        self.library.cuda_host_multiprocessors(count, count)
 
     def drop_grid_barrier(self, index: int) -> None:
         self.library.cuda_host_drop_grid_barrier(ctypes.c_long(index))
@@ -76,7 +76,7 @@ class Probe:
         """Run all phases; return the error and the last values."""
         values = torch.zeros(2, blocks * threads, dtype=torch.int32)
         words = torch.zeros(2, blocks * threads, dtype=torch.int64)
-        arrived = torch.zeros(1, dtype=torch.int32)
+        arrived = torch.zeros(1, dtype=torch.int64)
         addresses = (t.data_ptr() for t in (values, words, arrived))
         problem = Exchange(*addresses, phases, buffers, waits, most_polls)
         size = ctypes.c_size_t(memory)

@@ -12,11 +12,15 @@ from rnnkern._native import cuda_module
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+WHERE = ["cpu", *(pytest.param(f"cuda-{p}", marks=[pytest.mark.gpu, NO_GPU]) for p in cuda.PLANS)]
+
+
+@pytest.fixture(params=WHERE)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where to run; float32 is multiplied exactly there, as float64 on the CPU is the measure."""
-    name: str = request.param
+    """Where to run, on a GPU by each plan; float32 is multiplied exactly there, as on the CPU."""
+    name, _, plan = str(request.param).partition("-")
     if name == "cuda":
+        monkeypatch.setenv("RNNKERN_CUDA_PLAN", plan)
         if cuda_module() is None:
             pytest.skip("a build without CUDA kernels")
         assert cuda.missing(torch.cuda.current_device()) is None

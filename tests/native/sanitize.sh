@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds rnnkern with a sanitizer, outside the tree, and runs the tests on it:
 #
-#   sanitize.sh tsan                             ThreadSanitizer: team_test.cpp
-#   sanitize.sh asan|ubsan|asan+ubsan [PYTEST]   team_test.cpp, then `pytest PYTEST`
+#   sanitize.sh tsan                             ThreadSanitizer: team_test.cpp, exchange_test.cpp
+#   sanitize.sh asan|ubsan|asan+ubsan [PYTEST]   these, then `pytest PYTEST`
 #
 # `python` must have what constraints.txt pins for [test], and g++ must be the compiler. The package
 # that is installed there stays as it is.
@@ -31,7 +31,16 @@ python -m pip install --quiet --no-deps --target "$work/site" . \
 
 export TSAN_OPTIONS=halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1
 "$work/build/team_test"
-[[ $sanitizers == thread ]] && exit
+"$work/build/exchange_test"
+if [[ $sanitizers == thread ]]; then
+  for part in wait release barrier slot; do  # a test that notices nothing is none
+    if "$work/build/exchange_test" "$part" 2>"$work/report" || ! grep -q "data race" "$work/report"; then
+      echo "exchange_test $part: no data race was reported" >&2
+      exit 1
+    fi
+  done
+  exit
+fi
 
 # Python itself is not instrumented, so the sanitizer's runtime must be there before it starts, and
 # libstdc++ with it, whose exceptions the runtime intercepts. Leaks are the interpreter's own.

@@ -16,6 +16,17 @@ using std::memcpy;
 
 inline unsigned char* block_memory() { return cuda_host::block_memory(); }
 
+// Plain accesses after which another thread may go on; a test may drop them.
+inline uint64_t load_acquire(const uint64_t* at) {
+  if (cuda_host::drops_wait()) return UINT64_MAX;
+  const uint64_t value = *at;
+  cuda_host::make_way(at, value, value);
+  return value;
+}
+inline void add_release(uint64_t* at, uint64_t value) {
+  if (!cuda_host::drops_release()) cuda_host::replace(at, *at + value);
+}
+
 inline uint32_t to_tf32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);

@@ -22,6 +22,9 @@ void make_way();
 // equal where it was only read. A launch in which every thread only finds what it found before ends
 // as a deadlock.
 void make_way(const void* address, uint64_t before, uint64_t after);
+// Whether a test wants this thread's next release, or what it acquires until then, left out.
+bool drops_release();
+bool drops_wait();
 // Ends the launch with this message.
 void fail(const char* message);
 

@@ -1,0 +1,145 @@
+// The plan: tensor cores or not, and one launch a step or one for all.
+//
+// The persistent kernel fits where the groups of all directions are on the device at once: blocks
+// of one unit tile each, with their rows of R and the product's work in shared memory. Of the grids
+// that fit, the one with the least modelled time of a step is taken, and of equals the one with
+// fewer blocks. In clocks of a multiprocessor,
+//
+//   step = passes · blocks on the busiest multiprocessor · pass
+//   pass = bytes of R / 128 + bytes of h' / 64                      on tensor cores
+//        = 4 · (G + row tiles) · H · (size of the type summed in / 4)   otherwise
+//
+// where a pass is one tile of 8·row tiles rows, of which a group has `passes`: R comes from shared
+// memory, h' by way of L2; exact products are bound by what a warp loads for its multiply-adds. The
+// time of the exchange is the same for all and left out. No GPU has confirmed any of it.
+#include <atomic>
+
+#include "cuda/persistent.cuh"
+#include "cuda/plan.h"
+#include "cuda/queue.cuh"
+
+namespace rnnkern {
+namespace {
+
+constexpr int kKnownDevices = 64;
+
+// The architecture, as 10 · major + minor, that the kernels on a device were compiled for: that of
+// their PTX, since a newer device may run what was written for an older one. 0: not known.
+int kernel_architecture(int device) {
+  static std::atomic<int> known[kKnownDevices];
+  const bool keeps = device >= 0 && device < kKnownDevices;
+  if (keeps && known[device] != 0) return known[device];
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes{};
+  if (guard.error() != cudaSuccess) return 0;
+  if (cudaFuncGetAttributes(&attributes, put_steps<SomeSteps>) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  if (keeps) known[device] = attributes.ptxVersion;
+  return attributes.ptxVersion;
+}
+
+// The first architecture whose tensor cores multiply this type; 0: none are to.
+int tensor_cores_from(CudaType type, bool tf32) {
+  switch (type) {
+    case CudaType::float64: return 0;
+    case CudaType::float32: return tf32 ? 80 : 0;
+    case CudaType::float16: return 75;
+    case CudaType::bfloat16: return 80;
+  }
+  return 0;
+}
+
+int64_t size_of(CudaType type) {
+  switch (type) {
+    case CudaType::float64: return 8;
+    case CudaType::float32: return 4;
+    case CudaType::float16: return 2;
+    case CudaType::bfloat16: return 2;
+  }
+  return 0;
+}
+
+int64_t tiles(int64_t all, int64_t each) { return (all + each - 1) / each; }
+
+struct Device {
+  int cooperates = 0, multiprocessors = 0, block_memory = 0;
+};
+
+// What the persistent kernels need to know; no cooperation if the device does not answer.
+Device ask(int device) {
+  Device d;
+  const auto answers = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, device) == cudaSuccess;
+  };
+  if (!answers(&d.multiprocessors, cudaDevAttrMultiProcessorCount) ||
+      !answers(&d.block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
+      !answers(&d.cooperates, cudaDevAttrCooperativeLaunch)) {
+    cudaGetLastError();
+    return {};
+  }
+  return d;
+}
+
+// Blocks of a kernel that a multiprocessor holds; 0 if it cannot run. The kernel is allowed all
+// the shared memory there is, since a thread with other sizes may launch it at the same time.
+int64_t held(const Device& device, const void* kernel, int64_t memory) {
+  if (memory > device.block_memory) return 0;
+  int blocks = 0;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           device.block_memory) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads,
+                                                    static_cast<size_t>(memory)) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return blocks;
+}
+
+double clocks_of_pass(const CudaSizes& s, bool tensor_cores, int row_tiles, int64_t kept) {
+  const auto H = static_cast<double>(s.H);
+  if (tensor_cores) return double(kept) / 128 + 8.0 * row_tiles * H * double(size_of(s.type)) / 64;
+  return 4.0 * (s.gates + row_tiles) * H * (s.type == CudaType::float64 ? 2 : 1);
+}
+
+// Completes a plan by the best grid of the persistent kernel; leaves it as it is if none fits.
+void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
+  const int64_t blocks = tiles(s.H, kUnits);
+  double least = 0;
+  const CudaPlan stepwise = plan;
+  for (const int row_tiles : {1, 4}) {
+    const PersistentKernel found = s.persistent(stepwise.tensor_cores, row_tiles, s.H);
+    const int64_t memory = found.kept + found.work;
+    const int64_t all = held(device, found.kernel, memory) * device.multiprocessors;
+    const int64_t row_blocks = tiles(s.B, 8 * row_tiles);
+    const double pass = clocks_of_pass(s, stepwise.tensor_cores, row_tiles, found.kept);
+    for (int64_t groups = 1; groups <= row_blocks && groups <= all / (s.D * blocks); ++groups) {
+      const int64_t crowd = tiles(s.D * blocks * groups, device.multiprocessors);
+      const double time = double(tiles(row_blocks, groups) * crowd) * pass;
+      if (plan.blocks_of_group > 0 && time >= least) continue;
+      least = time;
+      plan = {stepwise.tensor_cores, row_tiles, blocks, groups, found.kept, memory};
+    }
+  }
+}
+
+}  // namespace
+
+// Tensor cores where the architecture that the kernels were compiled for has them for the type:
+// results depend on this choice only. A launch for each step has blocks of 8 rows for small
+// batches, so that units fill the device, and of 32 otherwise, so that weights are read by fewer
+// blocks.
+CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes) {
+  CudaPlan plan{};
+  const int least = tensor_cores_from(sizes.type, call.tf32);
+  plan.tensor_cores = least > 0 && kernel_architecture(call.device) >= least;
+  plan.row_tiles = sizes.B <= 8 ? 1 : 4;
+  if (!call.persistent || !sizes.persistent) return plan;
+  const DeviceGuard guard(call.device);
+  const Device device = guard.error() == cudaSuccess ? ask(call.device) : Device{};
+  if (device.cooperates) make_persistent(device, sizes, plan);
+  return plan;
+}
+
+}  // namespace rnnkern

@@ -1,0 +1,47 @@
+// How the recurrence of one call runs.
+#pragma once
+
+#include <cstdint>
+
+namespace rnnkern {
+
+struct CudaCall {
+  int device;
+  void* stream;     // cudaStream_t
+  void* workspace;  // of forward_workspace or backward_workspace bytes, until the stream is past it
+  bool tf32;        // float32 products may round their factors to TF32
+  bool persistent;  // all steps in one launch where that can be
+};
+
+enum class CudaType { float64, float32, float16, bfloat16 };
+
+// The persistent kernel of one cell, product and number of row tiles; see persistent.cuh.
+struct PersistentKernel {
+  const void* kernel;
+  int64_t kept;  // bytes of shared memory that hold a block's rows of R
+  int64_t work;  // bytes that its product takes besides
+};
+
+// What a plan depends on, besides the device.
+struct CudaSizes {
+  CudaType type;
+  int64_t B, H, D;
+  int gates;
+  // The kernel with tensor cores or without, and so many row tiles; null: there is none.
+  PersistentKernel (*persistent)(bool tensor_cores, int row_tiles, int64_t H);
+};
+
+struct CudaPlan {
+  bool tensor_cores;
+  int row_tiles;  // of 8 rows, a block at a time
+  // The persistent kernel's; blocks_of_group 0: a launch for each step.
+  int64_t blocks_of_group;
+  int64_t groups;  // of each direction
+  int64_t kept;    // bytes of R in a block's shared memory
+  int64_t memory;  // bytes of a block's shared memory
+};
+
+// The only function that decides.
+CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes);
+
+}  // namespace rnnkern
