@@ -222,6 +222,7 @@ PYBIND11_MODULE(_cpu, m) {
   define<double>(m, "float64");
   define<Bfloat16>(m, "bfloat16");
   m.def("roofline", &roofline);
+  m.def("reads_exchange_api", &reads_exchange_api);
   m.def("addresses", &addresses);
   const char* isa = std::getenv("RNNKERN_ISA");
   if (isa && *isa) pin_isa(isa);

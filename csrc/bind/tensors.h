@@ -1,11 +1,12 @@
 // Where tensors are and how they lie, asked through DLPack's C exchange API: a table of functions
 // that a type of tensors carries as `__dlpack_c_exchange_api__`. It links nothing of torch, and
-// takes a fifth of the time that asking for a tensor's attributes one by one takes.
+// takes less than half as long as asking for a tensor's attributes one by one.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 namespace rnnkern {
 namespace py = pybind11;
@@ -40,12 +41,17 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
-// Of the type's capsule; null where this version of it cannot be used.
-inline const dlpack::ExchangeApi* exchange_api(py::handle capsule) {
+inline const dlpack::ExchangeApi& exchange_api(py::handle capsule) {
   auto* api = static_cast<const dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
-  return api->major_version == dlpack::kMajorVersion && api->from_object ? api : nullptr;
+  return *api;
+}
+
+// Whether `addresses` can use what a type of tensors carries.
+inline bool reads_exchange_api(py::handle capsule) {
+  const dlpack::ExchangeApi& api = exchange_api(capsule);
+  return api.major_version == dlpack::kMajorVersion && api.from_object;
 }
 
 // Whether a tensor has this shape, with its elements side by side in memory that is the CPU's.
@@ -56,6 +62,7 @@ inline bool is_dense(const dlpack::Tensor& t, py::handle shape) {
   int64_t elements = 1;
   for (int32_t i = t.ndim - 1; i >= 0; --i) {
     const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+    if (size == -1 && PyErr_Occurred()) throw py::error_already_set();
     if (t.shape[i] != size) return false;
     if (t.strides && size != 1 && t.strides[i] != elements) return false;
     elements *= size;
@@ -67,9 +74,10 @@ inline bool is_dense(const dlpack::Tensor& t, py::handle shape) {
 // type `code`, dense, and of its shape in `shapes`; None if one of them is not so.
 inline py::object addresses(py::handle capsule, const py::list& tensors, const py::tuple& types,
                             int code, int bits, const py::tuple& shapes) {
-  const dlpack::ExchangeApi* api = exchange_api(capsule);
+  const dlpack::ExchangeApi& api = exchange_api(capsule);
   const size_t count = tensors.size();
-  if (!api || shapes.size() != count) return py::none();
+  if (shapes.size() != count)
+    throw py::value_error("shapes: expected one for each of " + std::to_string(count) + " tensors");
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   py::tuple found(count);
   for (size_t i = 0; i < count; ++i) {
@@ -79,7 +87,7 @@ inline py::object addresses(py::handle capsule, const py::list& tensors, const p
       known |= reinterpret_cast<PyObject*>(Py_TYPE(object)) == type.ptr();
     if (!known) return py::none();
     dlpack::Tensor t;
-    if (api->from_object(object, &t) != 0) {  // no memory of its own
+    if (api.from_object(object, &t) != 0) {  // no memory of its own
       PyErr_Clear();
       return py::none();
     }

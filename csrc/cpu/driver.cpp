@@ -87,8 +87,8 @@ constexpr size_t kSmall = 64;  // so that everything is on the heap, the end of 
 constexpr size_t kSmall = 8192;
 #endif
 
-// Memory of one call, aligned to a cache line: on the stack while it is small, because the heap
-// takes as long as one step of a small layer.
+// Memory of one call, aligned to a cache line: on the stack while it is small, because the way to
+// the heap and back is a good part of a call of one step.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {

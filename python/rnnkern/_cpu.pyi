@@ -71,6 +71,7 @@ padded_backward_bfloat16 = padded_backward_float32
 def roofline(
     quantity: str, threads: int, bytes: int, repeats: int
 ) -> tuple[float, float, int] | None: ...
+def reads_exchange_api(exchange_api: Any) -> bool: ...
 def addresses(
     exchange_api: Any,
     tensors: list[Any],

@@ -13,8 +13,10 @@ from rnnkern._native import _cpu
 _TYPES = (Parameter, Tensor)
 # What DLPack calls the types that have kernels: its code, and bits.
 _DLPACK_TYPES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.bfloat16: (4, 16)}
-# From torch 2.10 on.
+# From torch 2.10 on; None where there is none, or one that cannot be used.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+if _EXCHANGE is not None and not _cpu.reads_exchange_api(_EXCHANGE):
+    _EXCHANGE = None
 
 
 def is_plain() -> bool:
