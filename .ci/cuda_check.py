@@ -27,6 +27,7 @@ assert WHEELS is not None
 ALL = ("75", *re.findall(r"(\w+)-real", WHEELS[1]))
 TENSOR_TYPES = ("float16", "bfloat16", "float32")
 TYPES = (*TENSOR_TYPES, "float64")
+PERSISTENT = ("forward_sequence", "backward_sequence")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<spilled>\d+) bytes spill stores.*?"
     r"Used (?P<registers>\d+) registers",
@@ -78,11 +79,12 @@ def faults_of_ptx(source: Path, architecture: str, folder: Path) -> list[str]:
     entries = re.split(r"\.entry ", target.read_text())[1:]
     name = {e: e.split("(", 1)[0] for e in entries}
     faults = [f"{name[e]}: read-only loads" for e in entries if "ld.global.nc" in e]
-    persistent = [e for e in entries if "forward_sequence" in name[e]]
-    for word in ("red.release.gpu", "ld.acquire.gpu"):
-        faults += [f"{name[e]}: no {word}" for e in persistent if word not in e]
-    if not persistent:
-        faults.append(f"{source.name}: no persistent kernel")
+    for kernel in PERSISTENT:
+        persistent = [e for e in entries if kernel in name[e]]
+        for word in ("red.release.gpu", "ld.acquire.gpu"):
+            faults += [f"{name[e]}: no {word}" for e in persistent if word not in e]
+        if not persistent:
+            faults.append(f"{source.name}: no {kernel}")
     if source.stem not in TENSOR_TYPES:
         return faults
     tensor = [e for e in entries if "TensorProduct" in name[e]]

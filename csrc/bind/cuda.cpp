@@ -67,7 +67,7 @@ size_t backward(int cell, const py::tuple& where, const py::tuple& seq, const py
     }
     raise(status);
   }
-  return backward_workspace<T, A>(cell, p);
+  return backward_workspace<T, A>(cell, p, call);
 }
 
 py::dict as_dict(const CudaPlan& plan) {

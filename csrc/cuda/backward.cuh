@@ -1,4 +1,5 @@
-// The backward pass (backpropagation through time; Werbos 1990), one visit a launch.
+// The backward pass (backpropagation through time; Werbos 1990): what every kernel of it does for
+// one unit of one row, and the kernel of one visit a launch.
 //
 // The visits go through the steps against forward's order. One visit: the product of the dr that
 // the visit before left, dh' = Rᵀ dr, completes the gradient of the state between the two steps;
@@ -28,14 +29,28 @@ struct BackwardScratch {
   Accumulator<T>* dc;         // [B,H]
 };
 
-// The argument of every kernel of this file.
+// A whole call.
 template <class T>
-struct BackwardStep {
+struct BackwardCall {
   BackwardProblem<T, Accumulator<T>> p;
   BackwardScratch<T> scratch[kMaxDirections];
-  Step now[kMaxDirections], before[kMaxDirections];  // this visit's step, and the visit before's
-  int64_t rows;                                      // the most that a direction has in the two
-  int slot;                                          // where the dr of the visit before is
+  Exchange exchange;
+  PackedSteps packed;
+};
+
+// The steps of this visit and of the one before, of one direction.
+struct Visit {
+  Step now, before;
+
+  RNNKERN_HD int64_t rows() const { return now.rows > before.rows ? now.rows : before.rows; }
+};
+
+// One visit of a call: the argument of the step-wise kernels.
+template <class T>
+struct BackwardStep : BackwardCall<T> {
+  Visit visit[kMaxDirections];
+  int64_t rows;  // the most that a direction has
+  int slot;      // where the dr of the visit before is
 };
 
 // out[c, r] = in[r, c]; one thread an element.
@@ -48,10 +63,11 @@ __global__ void transpose(const T* in, T* out, int64_t rows, int64_t columns) {
 // A row without steps hands its final state's gradient through. One thread an element of
 // [D, B, max(P, H)].
 template <class Cell, class T>
-__global__ void backward_prepare(const BackwardStep<T> s) {
+__global__ void backward_prepare(const BackwardCall<T> s) {
   const auto& p = s.p;
   const int64_t width = p.P > p.H ? p.P : p.H;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  nobody_arrived(s.exchange);
   if (index >= p.D * p.seq.B * width) return;
   const int64_t u = index % width, j = index / width % p.seq.B;
   const auto& io = p.dir[index / width / p.seq.B];
@@ -62,19 +78,29 @@ __global__ void backward_prepare(const BackwardStep<T> s) {
   }
 }
 
+// ---- one unit of one row, whose data row is `row` -----------------------------------------------
+// Whether a row runs the steps of a visit.
+struct Runs {
+  bool now, before;
+
+  __device__ static Runs of(const Sequence& seq, const Visit& visit, int64_t j) {
+    return {runs(seq, visit.now, j), runs(seq, visit.before, j)};
+  }
+};
+
 // Where the gradient of state k, before the step of the visit before, goes; returns what enters
 // this visit's step.
 template <class T>
-__device__ Value<Accumulator<T>> flow(const BackwardStep<T>& s, int d, int k, int64_t j, int64_t u,
+__device__ Value<Accumulator<T>> flow(const BackwardProblem<T, Accumulator<T>>& p, int d, int k,
+                                      const Visit& visit, Runs in, int64_t j, int64_t u,
                                       Value<Accumulator<T>> value) {
   using V = Value<Accumulator<T>>;
-  const auto& p = s.p;
   const auto& io = p.dir[d];
   const V zero(Accumulator<T>(0));
   const int64_t at = p.seq.batch_row(j) * (k == 0 ? p.P : p.H) + u;
-  if (!runs(p.seq, s.before[d], j)) return io.dfinal[k] ? fetch(io.dfinal[k] + at) : zero;
-  const bool row_begins = !runs(p.seq, s.now[d], j);  // the step before was its first in forward
-  const int64_t later = s.now[d].t > s.before[d].t ? s.now[d].t : s.before[d].t;
+  if (!in.before) return io.dfinal[k] ? fetch(io.dfinal[k] + at) : zero;
+  const bool row_begins = !in.now;  // the step before was its first in forward
+  const int64_t later = visit.now.t > visit.before.t ? visit.now.t : visit.before.t;
   const int64_t boundary = row_begins ? 0 : later;
   if (!(row_begins && io.reverse) && p.seq.reset_at(boundary, j)) {
     if (io.dreset[k]) io.dreset[k][at] += value.v;
@@ -85,67 +111,101 @@ __device__ Value<Accumulator<T>> flow(const BackwardStep<T>& s, int d, int k, in
   return zero;
 }
 
+// Without a projection: the gradients of the states after this visit's step, but for dy, from the
+// product and from what the visit before left in dprev.
 template <class Cell, class T>
-__device__ Value<Accumulator<T>> flow_c(const BackwardStep<T>& s, int d, int64_t j, int64_t u) {
-  using V = Value<Accumulator<T>>;
-  if constexpr (Cell::states < 2) {
-    return V(Accumulator<T>(0));
-  } else {
-    const bool came = runs(s.p.seq, s.before[d], j);
-    const V dc(came ? s.scratch[d].dc[j * s.p.H + u] : Accumulator<T>(0));
-    return flow(s, d, 1, j, u, dc);
-  }
+__device__ __forceinline__ void enter_step(const BackwardProblem<T, Accumulator<T>>& p, int d,
+                                           const Visit& visit, Runs in, int64_t j, int64_t u,
+                                           Value<Accumulator<T>> dh,
+                                           BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
+  constexpr int c = Cell::states - 1;
+  if (in.before) dh = dh + unit.dprev[0];
+  unit.dnext[0] = flow(p, d, 0, visit, in, j, u, dh);
+  if (c == 1) unit.dnext[c] = flow(p, d, c, visit, in, j, u, unit.dprev[c]);
 }
 
 template <class T>
-__device__ Value<Accumulator<T>> fetch_dy(const BackwardStep<T>& s, int d, int64_t j, int64_t u) {
-  const auto& p = s.p;
+__device__ __forceinline__ Value<Accumulator<T>> fetch_dy(
+    const BackwardProblem<T, Accumulator<T>>& p, int d, const Step& now, int64_t j, int64_t u) {
   if (!p.dir[d].dy) return Value<Accumulator<T>>(Accumulator<T>(0));
-  return fetch(p.dir[d].dy + data_row(p.seq, p.y_rows, s.now[d], j) * p.D * p.P + u);
+  return fetch(p.dir[d].dy + data_row(p.seq, p.y_rows, now, j) * p.D * p.P + u);
 }
 
+// What forward kept.
 template <class Cell, class T>
-__device__ BackwardUnit<Cell, Value<Accumulator<T>>> fetch_unit(const BackwardStep<T>& s, int d,
-                                                                int64_t j, int64_t u) {
-  const auto& p = s.p;
+__device__ __forceinline__ void fetch_unit(const BackwardProblem<T, Accumulator<T>>& p, int d,
+                                           int64_t row, int64_t u,
+                                           BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
   const auto& io = p.dir[d];
-  const int64_t row = data_row(p.seq, p.x_rows, s.now[d], j);
-  BackwardUnit<Cell, Value<Accumulator<T>>> unit;
+#pragma unroll
   for (int g = 0; g < Cell::gates; ++g)
     unit.gate[g] = fetch(io.gates + (row * p.D * Cell::gates + g) * p.H + u);
+#pragma unroll
   for (int k = 0; k < Cell::saved; ++k)
     unit.saved[k] = fetch(io.saved + (row * Cell::saved + k) * p.H + u);
   if (!Cell::projects) unit.h_prev = fetch(io.h_prev + row * p.P + u);
-  return unit;
 }
 
+// The gradients of h' and c' that come through no product, between two visits in the workspace.
+template <class Cell, bool projected, class T>
+__device__ __forceinline__ void fetch_direct(const BackwardScratch<T>& scratch, int64_t at,
+                                             BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
+  using V = Value<Accumulator<T>>;
+  constexpr int c = Cell::states - 1;
+  unit.dprev[0] = V(projected ? Accumulator<T>(0) : scratch.dh_direct[at]);
+  if (c == 1) unit.dprev[c] = V(scratch.dc[at]);
+}
+template <class Cell, bool projected, class T>
+__device__ __forceinline__ void put_direct(const BackwardScratch<T>& scratch, int64_t at,
+                                           const BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
+  constexpr int c = Cell::states - 1;
+  if (!projected) scratch.dh_direct[at] = unit.dprev[0].v;
+  if (c == 1) scratch.dc[at] = unit.dprev[c].v;
+}
+
+// The operand of the next product; dr is [B, gates of the phase, H].
+template <class Cell, int phase, class T>
+__device__ __forceinline__ void put_dr(T* dr, int64_t H, int64_t j, int64_t u,
+                                       const BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
+  constexpr int g0 = Cell::first[phase];
+#pragma unroll
+  for (int g = 0; g < phase_gates<Cell, phase>; ++g)
+    put(dr + (j * phase_gates<Cell, phase> + g) * H + u, unit.dr[g0 + g]);
+}
+
+// What the GEMMs after this pass read.
+template <class Cell, int phase, class T>
+__device__ __forceinline__ void put_dx(const BackwardProblem<T, Accumulator<T>>& p, int d,
+                                       int64_t row, int64_t u,
+                                       const BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
+  constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
+  T* dx = p.dir[d].dx + row * Cell::gates * p.H + u;
+#pragma unroll
+  for (int g = g0; g < g1; ++g) put(dx + g * p.H, unit.dx[g]);
+  if (phase == Cell::phases - 1 && Cell::extra != Extra::none && p.dir[d].extra)
+    put(p.dir[d].extra + row * p.H + u, unit.extra);
+}
+
+// ---- one visit a launch -------------------------------------------------------------------------
+// What the gate math of a phase has made, to wherever it is needed next.
 template <class Cell, bool projected, int phase, class T>
 __device__ void put_gradients(const BackwardStep<T>& s, int d, int64_t j, int64_t u,
                               const BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
-  constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
   const auto& p = s.p;
   const BackwardScratch<T>& scratch = s.scratch[d];
-  T* dx = p.dir[d].dx + data_row(p.seq, p.x_rows, s.now[d], j) * Cell::gates * p.H + u;
-  T* dr = (phase == 0 ? scratch.dr[s.slot ^ 1] : scratch.dr_second) + j * (g1 - g0) * p.H + u;
-  for (int g = g0; g < g1; ++g) {
-    put(dx + g * p.H, unit.dx[g]);
-    put(dr + (g - g0) * p.H, unit.dr[g]);
-  }
-  if (!projected) scratch.dh_direct[j * p.H + u] = unit.dprev[0].v;
-  if (Cell::states == 2) scratch.dc[j * p.H + u] = unit.dprev[Cell::states - 1].v;
+  put_dx<Cell, phase>(p, d, data_row(p.seq, p.x_rows, s.visit[d].now, j), u, unit);
+  put_dr<Cell, phase>(phase == 0 ? scratch.dr[s.slot ^ 1] : scratch.dr_second, p.H, j, u, unit);
+  put_direct<Cell, projected>(scratch, j * p.H + u, unit);
 }
 
+// From dnext on.
 template <class Cell, bool projected, class T>
 __device__ void last_phase(const BackwardStep<T>& s, int d, int64_t j, int64_t u,
-                           Value<Accumulator<T>> dh, Value<Accumulator<T>> dc) {
+                           BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
   const auto& p = s.p;
-  BackwardUnit<Cell, Value<Accumulator<T>>> unit = fetch_unit<Cell>(s, d, j, u);
-  unit.dnext[0] = dh;
-  if (Cell::states == 2) unit.dnext[Cell::states - 1] = dc;
+  fetch_unit<Cell>(p, d, data_row(p.seq, p.x_rows, s.visit[d].now, j), u, unit);
   Cell::template backward<Cell::phases - 1>(unit);
-  if (Cell::extra != Extra::none && p.dir[d].extra)
-    put(p.dir[d].extra + data_row(p.seq, p.x_rows, s.now[d], j) * p.H + u, unit.extra);
-  if (Cell::phases == 2) s.scratch[d].dh[j * p.H + u] = dh.v;
+  if (Cell::phases == 2) s.scratch[d].dh[j * p.H + u] = unit.dnext[0].v;
   put_gradients<Cell, projected, Cell::phases - 1>(s, d, j, u, unit);
 }
 
@@ -155,10 +215,10 @@ __device__ void previous_state(const BackwardStep<typename Product::Data>& s, co
                                Accumulator<typename Product::Data> (&dh)[1][RN]) {
   using T = typename Product::Data;
   for (int n = 0; n < RN; ++n) dh[0][n] = 0;
-  if (s.before[tile.d].t < 0) return;
+  if (s.visit[tile.d].before.t < 0) return;
   const BackwardScratch<T>& scratch = s.scratch[tile.d];
   Product::run(Weights<T>{scratch.first, s.p.P, phase_gates<Cell, 0> * s.p.H},
-               Operand<T>{scratch.dr[s.slot], s.before[tile.d].rows}, tile.u0, tile.j0, dh);
+               Operand<T>{scratch.dr[s.slot], s.visit[tile.d].before.rows}, tile.u0, tile.j0, dh);
 }
 
 // Without a projection: the gradient of the state, and this step's last phase.
@@ -167,7 +227,7 @@ __device__ __forceinline__ void backward_enter(const BackwardStep<typename Produ
                                                const Tile& tile) {
   using T = typename Product::Data;
   using V = Value<Accumulator<T>>;
-  const Sequence& seq = s.p.seq;
+  const auto& p = s.p;
   const int d = tile.d;
   Accumulator<T> product[1][RN];
   previous_state<Cell, Product>(s, tile, product);
@@ -175,13 +235,14 @@ __device__ __forceinline__ void backward_enter(const BackwardStep<typename Produ
 #pragma unroll
   for (int n = 0; n < RN; ++n) {
     const int64_t j = tile.row(n);
-    const bool now = runs(seq, s.now[d], j), before = runs(seq, s.before[d], j);
-    if (u >= s.p.H || !(now || before)) continue;
-    V dh(product[0][n]);
-    if (before) dh = dh + V(s.scratch[d].dh_direct[j * s.p.H + u]);
-    dh = flow(s, d, 0, j, u, dh);
-    const V dc = flow_c<Cell>(s, d, j, u);
-    if (now) last_phase<Cell, false>(s, d, j, u, dh + fetch_dy(s, d, j, u), dc);
+    const Runs in = Runs::of(p.seq, s.visit[d], j);
+    if (u >= p.H || !(in.now || in.before)) continue;
+    BackwardUnit<Cell, V> unit{};
+    if (in.before) fetch_direct<Cell, false>(s.scratch[d], j * p.H + u, unit);
+    enter_step(p, d, s.visit[d], in, j, u, V(product[0][n]), unit);
+    if (!in.now) continue;
+    unit.dnext[0] = unit.dnext[0] + fetch_dy(p, d, s.visit[d].now, j, u);
+    last_phase<Cell, false>(s, d, j, u, unit);
   }
 }
 
@@ -198,13 +259,13 @@ __device__ __forceinline__ void backward_enter_projected(
   const int64_t u = tile.unit();
   for (int n = 0; n < RN; ++n) {
     const int64_t j = tile.row(n);
-    const bool now = runs(p.seq, s.now[d], j), before = runs(p.seq, s.before[d], j);
-    if (u >= p.P || !(now || before)) continue;
-    V dh = flow(s, d, 0, j, u, V(product[0][n]));
-    if (!now) continue;
-    dh = dh + fetch_dy(s, d, j, u);
+    const Runs in = Runs::of(p.seq, s.visit[d], j);
+    if (u >= p.P || !(in.now || in.before)) continue;
+    V dh = flow(p, d, 0, s.visit[d], in, j, u, V(product[0][n]));
+    if (!in.now) continue;
+    dh = dh + fetch_dy(p, d, s.visit[d].now, j, u);
     put(s.scratch[d].dh_projected + j * p.P + u, dh);
-    put(p.dir[d].dh + data_row(p.seq, p.x_rows, s.now[d], j) * p.P + u, dh);
+    put(p.dir[d].dh + data_row(p.seq, p.x_rows, s.visit[d].now, j) * p.P + u, dh);
   }
 }
 
@@ -216,17 +277,21 @@ __device__ __forceinline__ void backward_unproject(const BackwardStep<typename P
   using V = Value<Accumulator<T>>;
   const auto& p = s.p;
   const int d = tile.d;
-  const int64_t rows = s.now[d].t < 0 ? 0 : s.now[d].rows;
+  constexpr int c = Cell::states - 1;
+  const int64_t rows = s.visit[d].now.rows;
   Accumulator<T> dm[1][RN];
   Product::run(Weights<T>{s.scratch[d].projection, p.H, p.P},
                Operand<T>{s.scratch[d].dh_projected, rows}, tile.u0, tile.j0, dm);
   const int64_t u = tile.unit();
   for (int n = 0; n < RN; ++n) {
     const int64_t j = tile.row(n);
-    const bool now = runs(p.seq, s.now[d], j), before = runs(p.seq, s.before[d], j);
-    if (u >= p.H || !(now || before)) continue;
-    const V dc = flow_c<Cell>(s, d, j, u);
-    if (now) last_phase<Cell, true>(s, d, j, u, V(dm[0][n]), dc);
+    const Runs in = Runs::of(p.seq, s.visit[d], j);
+    if (u >= p.H || !(in.now || in.before)) continue;
+    BackwardUnit<Cell, V> unit{};
+    if (in.before) fetch_direct<Cell, true>(s.scratch[d], j * p.H + u, unit);
+    unit.dnext[0] = V(dm[0][n]);
+    if (c == 1) unit.dnext[c] = flow(p, d, c, s.visit[d], in, j, u, unit.dprev[c]);
+    if (in.now) last_phase<Cell, true>(s, d, j, u, unit);
   }
 }
 
@@ -238,19 +303,20 @@ __device__ __forceinline__ void backward_first_phase(const BackwardStep<typename
   using V = Value<Accumulator<T>>;
   const auto& p = s.p;
   const int d = tile.d;
-  if (s.now[d].t < 0 || tile.j0 >= s.now[d].rows) return;
+  const Step& now = s.visit[d].now;
+  if (tile.j0 >= now.rows) return;
   const BackwardScratch<T>& scratch = s.scratch[d];
   Accumulator<T> dq[1][RN];
   Product::run(Weights<T>{scratch.second, p.H, phase_gates<Cell, Cell::phases - 1> * p.H},
-               Operand<T>{scratch.dr_second, s.now[d].rows}, tile.u0, tile.j0, dq);
+               Operand<T>{scratch.dr_second, now.rows}, tile.u0, tile.j0, dq);
   const int64_t u = tile.unit();
   for (int n = 0; n < RN; ++n) {
     const int64_t j = tile.row(n);
-    if (u >= p.H || !runs(p.seq, s.now[d], j)) continue;
-    BackwardUnit<Cell, V> unit = fetch_unit<Cell>(s, d, j, u);
+    if (u >= p.H || !runs(p.seq, now, j)) continue;
+    BackwardUnit<Cell, V> unit;
+    fetch_unit<Cell>(p, d, data_row(p.seq, p.x_rows, now, j), u, unit);
+    fetch_direct<Cell, projected>(scratch, j * p.H + u, unit);
     unit.dnext[0] = V(scratch.dh[j * p.H + u]);
-    unit.dprev[0] = V(projected ? Accumulator<T>(0) : scratch.dh_direct[j * p.H + u]);
-    if (Cell::states == 2) unit.dprev[Cell::states - 1] = V(scratch.dc[j * p.H + u]);
     unit.dq = V(dq[0][n]);
     Cell::template backward<0>(unit);
     put_gradients<Cell, projected, 0>(s, d, j, u, unit);

@@ -25,7 +25,7 @@ int cuda_cell_count();
 template <class T>
 size_t forward_workspace(int cell, const ForwardProblem<T>& problem, const CudaCall& call);
 template <class T, class A>
-size_t backward_workspace(int cell, const BackwardProblem<T, A>& problem);
+size_t backward_workspace(int cell, const BackwardProblem<T, A>& problem, const CudaCall& call);
 template <class T>
 Status run_forward_cuda(int cell, const ForwardProblem<T>& problem, const CudaCall& call);
 template <class T, class A>

@@ -6,7 +6,6 @@
 // Stages of a step: the phases of the cell, then the projection if there is one.
 #pragma once
 
-#include "cuda/exchange.cuh"
 #include "cuda/steps.cuh"
 
 namespace rnnkern {
@@ -16,11 +15,6 @@ struct ForwardScratch {
   T* h[2];            // [B,P] h' and the next h
   Accumulator<T>* c;  // [B,H]
   T* operand;         // [B,H] q of a two-phase cell, or m before the projection
-};
-
-// Sequence::active and offset on the device, for a persistent kernel.
-struct PackedSteps {
-  int64_t *active, *offset;  // [T]
 };
 
 // A whole call.
@@ -47,8 +41,7 @@ __global__ void forward_prepare(const ForwardCall<T> s) {
   const ForwardProblem<T>& p = s.p;
   const int64_t width = p.P > p.H ? p.P : p.H;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = index; i < s.exchange.words; i += threads) s.exchange.arrived[i] = 0;
+  nobody_arrived(s.exchange);
   if (index >= p.D * p.seq.B * width) return;
   const int64_t u = index % width, j = index / width % p.seq.B;
   const int d = static_cast<int>(index / width / p.seq.B);

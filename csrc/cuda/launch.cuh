@@ -1,179 +1,14 @@
-// The driver: lays out the workspace and queues one kernel for each step, or one for all, with both
-// directions in it. Included by one file for each type, which instantiates it for every cell.
+// The driver: what one call runs, from its plan. Included by one file for each type, which
+// instantiates it for every cell.
 #pragma once
 
 #include "cells/registry.h"
-#include "cuda/backward.cuh"
 #include "cuda/driver.h"
-#include "cuda/forward.cuh"
-#include "cuda/persistent.cuh"
-#include "cuda/queue.cuh"
+#include "cuda/launch_backward.cuh"
+#include "cuda/launch_forward.cuh"
 
 namespace rnnkern {
 
-constexpr int kPlainMemory = 48 << 10;  // bytes of shared memory that a block has without asking
-
-// For a call that may run a persistent kernel, also what that needs in any plan.
-template <class Cell, class T>
-size_t lay_out(ForwardCall<T>& s, const CudaCall& call) {
-  Carver carver{static_cast<unsigned char*>(call.workspace)};
-  const ForwardProblem<T>& p = s.p;
-  const bool projects = p.dir[0].W_hr;
-  for (int d = 0; d < p.D; ++d) {
-    ForwardScratch<T>& scratch = s.scratch[d];
-    carver.take(scratch.h[0], p.seq.B * p.P);
-    carver.take(scratch.h[1], p.seq.B * p.P);
-    if (Cell::states == 2) carver.take(scratch.c, p.seq.B * p.H);
-    if (Cell::phases == 2 || projects) carver.take(scratch.operand, p.seq.B * p.H);
-  }
-  s.exchange = {nullptr, 0};
-  s.packed = {nullptr, nullptr};
-  if (call.persistent) {
-    s.exchange.words = p.D * ((p.seq.B + 7) / 8) * kCounterWords;
-    carver.take(s.exchange.arrived, s.exchange.words);
-    if (p.seq.offset) {
-      carver.take(s.packed.active, p.seq.T);
-      carver.take(s.packed.offset, p.seq.T);
-    }
-  }
-  return carver.used;
-}
-
-template <class Cell, class T>
-size_t lay_out(const BackwardProblem<T, Accumulator<T>>& p, BackwardScratch<T>* scratch,
-               void* workspace) {
-  Carver carver{static_cast<unsigned char*>(workspace)};
-  const bool projects = p.dir[0].W_hr;
-  const int64_t first = phase_gates<Cell, 0> * p.H;
-  const int64_t second = phase_gates<Cell, Cell::phases - 1> * p.H;
-  for (int d = 0; d < p.D; ++d) {
-    BackwardScratch<T>& s = scratch[d];
-    s = {};
-    carver.take(s.first, p.P * first);
-    carver.take(s.dr[0], p.seq.B * first);
-    carver.take(s.dr[1], p.seq.B * first);
-    if (Cell::states == 2) carver.take(s.dc, p.seq.B * p.H);
-    if (Cell::phases == 2) {
-      carver.take(s.second, p.H * second);
-      carver.take(s.dr_second, p.seq.B * second);
-      carver.take(s.dh, p.seq.B * p.H);
-    }
-    if (projects) {
-      carver.take(s.projection, p.H * p.P);
-      carver.take(s.dh_projected, p.seq.B * p.P);
-    } else {
-      carver.take(s.dh_direct, p.seq.B * p.H);
-    }
-  }
-  return carver.used;
-}
-
-template <class Cell, class Product, int RN, bool projected>
-Status forward_steps(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
-                     const CudaPlan& plan) {
-  using T = typename Product::Data;
-  constexpr int first = Product::template memory<phase_gates<Cell, 0>, RN>();
-  constexpr int last = Product::template memory<phase_gates<Cell, Cell::phases - 1>, RN>();
-  static_assert(Cell::phases == 1 || !Cell::projects,
-                "one array is the operand of a second phase or of a projection, not of both");
-  static_assert(first <= kPlainMemory && last <= kPlainMemory, "too many gates in one phase");
-  const StepKernel<ForwardStep<T>> kernel{forward_step<Cell, Product, RN, projected>,
-                                          kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
-                                          first > last ? first : last};
-  ForwardStep<T> step{};
-  step.p = p;
-  lay_out<Cell>(step, call);
-  Queue queue(call, plan);
-  const int64_t resident = queue.resident(kernel);
-  queue.elements<ForwardCall<T>>(forward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
-  for (int64_t i = 0; i < p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
-    step.rows = 0;
-    for (int d = 0; d < p.D; ++d) {
-      const int64_t t = p.dir[d].reverse ? p.seq.T - 1 - i : i;
-      step.now[d] = step_at(p.seq, t);
-      step.next[d] = step_at(p.seq, p.dir[d].reverse ? t - 1 : t + 1);
-      step.rows = step.now[d].rows > step.rows ? step.now[d].rows : step.rows;
-    }
-    queue.step(kernel, resident, step);
-  }
-  return queue.status();
-}
-
-// Packed data: the host's table of steps, into the workspace, where the kernel reads it.
-template <class T>
-void queue_steps(Queue& queue, ForwardCall<T>& s) {
-  Sequence& seq = s.p.seq;
-  for (int64_t first = 0; first < seq.T; first += SomeSteps::kMost) {
-    SomeSteps some{
-        first, seq.T - first < SomeSteps::kMost ? seq.T - first : SomeSteps::kMost, {}, {}};
-    for (int64_t i = 0; i < some.count; ++i) {
-      const Step step = step_at(seq, first + i);
-      some.active[i] = step.rows;
-      some.offset[i] = step.offset;
-    }
-    queue.launch(put_steps<SomeSteps>, dim3(Queue::blocks(some.count, kThreads)), {}, some,
-                 s.packed.active, s.packed.offset);
-  }
-  seq.active = s.packed.active;
-  seq.offset = s.packed.offset;
-}
-
-template <class Cell, class Product, int RN>
-cudaError_t forward_at_once(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
-                            const CudaPlan& plan) {
-  using T = typename Product::Data;
-  ForwardCall<T> s{};
-  s.p = p;
-  lay_out<Cell>(s, call);
-  Queue queue(call, plan);
-  queue.elements(forward_prepare<Cell, T>, p.D * p.seq.B * p.H, s);
-  if (p.seq.offset) queue_steps(queue, s);
-  const dim3 grid(static_cast<unsigned>(plan.blocks_of_group), static_cast<unsigned>(plan.groups),
-                  static_cast<unsigned>(p.D));
-  queue.launch(forward_sequence<Cell, Product, RN>, grid, {static_cast<int>(plan.memory), true}, s);
-  return queue.error();
-}
-
-template <class Cell, class Product, int RN, bool projected>
-Status backward_steps(const BackwardProblem<typename Product::Data, typename Product::A>& p,
-                      const CudaCall& call, const CudaPlan& plan) {
-  using T = typename Product::Data;
-  const StepKernel<BackwardStep<T>> kernel{backward_step<Cell, Product, RN, projected>,
-                                           kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
-                                           Product::template memory<1, RN>()};
-  BackwardStep<T> step{p, {}, {}, {}, 0, 0};
-  lay_out<Cell>(p, step.scratch, call.workspace);
-  Queue queue(call, plan);
-  const int64_t resident = queue.resident(kernel);
-  const auto turn = [&](const T* in, T* out, int64_t rows, int64_t columns) {
-    queue.launch(transpose<T>, dim3(Queue::blocks(rows * columns, kThreads)), {}, in, out, rows,
-                 columns);
-  };
-  for (int d = 0; d < p.D; ++d) {
-    const auto& io = p.dir[d];
-    turn(io.R, step.scratch[d].first, phase_gates<Cell, 0> * p.H, p.P);
-    if (Cell::phases == 2) {
-      turn(io.R + Cell::first[Cell::phases - 1] * p.H * p.P, step.scratch[d].second,
-           phase_gates<Cell, Cell::phases - 1> * p.H, p.P);
-    }
-    if (projected) turn(io.W_hr, step.scratch[d].projection, p.P, p.H);
-    step.now[d] = {-1, 0, 0};
-  }
-  queue.elements(backward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
-  for (int64_t i = 0; i <= p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
-    step.rows = 0;
-    for (int d = 0; d < p.D; ++d) {
-      step.before[d] = step.now[d];
-      step.now[d] = step_at(p.seq, p.dir[d].reverse ? i : p.seq.T - 1 - i);
-      for (const Step& s : {step.now[d], step.before[d]})
-        step.rows = s.rows > step.rows ? s.rows : step.rows;
-    }
-    queue.step(kernel, resident, step);
-  }
-  return queue.status();
-}
-
-// ---- one call -----------------------------------------------------------------------------------
 template <class Product, class Run>
 auto with_rows(const CudaPlan& plan, Run&& run) {
   return plan.row_tiles == 1 ? run(Product{}, std::integral_constant<int, 1>{})
@@ -207,16 +42,33 @@ Status with_projection(const Problem& p, Run&& run) {
   return run(std::false_type{});
 }
 
-template <class Cell, class T>
-PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, int64_t H) {
+// The persistent kernel of a pass, as run(product, rows) describes it.
+template <class T, class Describe>
+PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, Describe&& describe) {
   CudaPlan plan{};
   plan.tensor_cores = tensor_cores;
   plan.row_tiles = row_tiles;
-  return with_plan<T>(plan, [&](auto product, auto rows) {
+  return with_plan<T>(plan, describe);
+}
+
+template <class Cell, class T>
+PersistentKernel forward_kernel(bool tensor_cores, int row_tiles, int64_t H) {
+  return persistent_kernel<T>(tensor_cores, row_tiles, [&](auto product, auto rows) {
     using Product = decltype(product);
     constexpr int G = Cell::gates, RN = decltype(rows)::value;
     return PersistentKernel{reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN>),
-                            Product::template kept_bytes<G>(H), Product::template work<G, RN>()};
+                            Product::template kept_bytes<G>(H), Product::template work<G, RN>(), H};
+  });
+}
+
+template <class Cell, class T>
+PersistentKernel backward_kernel(bool tensor_cores, int row_tiles, int64_t H) {
+  return persistent_kernel<T>(tensor_cores, row_tiles, [&](auto product, auto rows) {
+    using Product = decltype(product);
+    constexpr int RN = decltype(rows)::value;
+    const int64_t K = Cell::gates * H;
+    return PersistentKernel{reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN>),
+                            Product::template kept_bytes<1>(K), Product::template work<1, RN>(), K};
   });
 }
 
@@ -224,60 +76,89 @@ template <class T>
 struct CellDriver {
   bool projects;
   int gates;
-  PersistentKernel (*persistent)(bool tensor_cores, int row_tiles, int64_t H);  // or null
+  FindPersistent forward_kernel, backward_kernel;  // or null
   size_t (*forward_workspace)(const ForwardProblem<T>&, const CudaCall&);
-  size_t (*backward_workspace)(const BackwardProblem<T, Accumulator<T>>&);
+  size_t (*backward_workspace)(const BackwardProblem<T, Accumulator<T>>&, const CudaCall&);
   Status (*forward)(const ForwardProblem<T>&, const CudaCall&, const CudaPlan&);
   Status (*backward)(const BackwardProblem<T, Accumulator<T>>&, const CudaCall&, const CudaPlan&);
 };
+
+// All steps at once, if that is the plan; step by step, if not or if CUDA refuses: a context may
+// have less of the device than the device says. No step has run then.
+template <class AtOnce, class Steps>
+Status at_once_or_steps(const CudaPlan& plan, AtOnce&& at_once, Steps&& steps) {
+  if (plan.blocks_of_group > 0) {
+    const cudaError_t error = at_once();
+    if (error == cudaSuccess) return Status::ok;
+    const Status status = device_failed(error);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return status;
+  }
+  return steps();
+}
 
 template <class Cell, class T>
 Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaPlan& plan) {
   return with_plan<T>(plan, [&](auto product, auto rows) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
+    const auto steps = [&] {
+      return with_projection<Cell>(p, [&](auto projected) {
+        return forward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
+      });
+    };
     if constexpr (Cell::phases == 1) {
-      if (plan.blocks_of_group > 0) {
-        const cudaError_t error = forward_at_once<Cell, Product, RN>(p, call, plan);
-        if (error == cudaSuccess) return Status::ok;
-        const Status status = device_failed(error);
-        // A context may have less of the device than the device says. No step has run then.
-        if (error != cudaErrorCooperativeLaunchTooLarge) return status;
-      }
+      return at_once_or_steps(
+          plan, [&] { return forward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
+    } else {
+      return steps();
     }
-    return with_projection<Cell>(p, [&](auto projected) {
-      return forward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
-    });
   });
 }
 
 template <class Cell, class T>
+Status run_backward(const BackwardProblem<T, Accumulator<T>>& p, const CudaCall& call,
+                    const CudaPlan& plan) {
+  return with_plan<T>(plan, [&](auto product, auto rows) {
+    using Product = decltype(product);
+    constexpr int RN = decltype(rows)::value;
+    const auto steps = [&] {
+      return with_projection<Cell>(p, [&](auto projected) {
+        return backward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
+      });
+    };
+    if constexpr (Cell::phases == 1) {
+      return at_once_or_steps(
+          plan, [&] { return backward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
+    } else {
+      return steps();
+    }
+  });
+}
+
+// Bytes of a workspace; Call is ForwardCall or BackwardCall.
+template <class Cell, class Call, class Problem>
+size_t workspace_of(const Problem& p, const CudaCall& call) {
+  Call counted{};
+  counted.p = p;
+  CudaCall nowhere = call;
+  nowhere.workspace = nullptr;
+  return lay_out<Cell>(counted, nowhere);
+}
+
+template <class Cell, class T>
 constexpr CellDriver<T> cell_driver() {
-  using Backward = BackwardProblem<T, Accumulator<T>>;
   CellDriver<T> driver{};
   driver.projects = Cell::projects;
   driver.gates = Cell::gates;
-  if constexpr (Cell::phases == 1) driver.persistent = persistent_kernel<Cell, T>;
-  driver.forward_workspace = [](const ForwardProblem<T>& p, const CudaCall& call) {
-    ForwardCall<T> counted{};
-    counted.p = p;
-    CudaCall nowhere = call;
-    nowhere.workspace = nullptr;
-    return lay_out<Cell>(counted, nowhere);
-  };
-  driver.backward_workspace = [](const Backward& p) {
-    BackwardScratch<T> scratch[kMaxDirections];
-    return lay_out<Cell>(p, scratch, nullptr);
-  };
+  if constexpr (Cell::phases == 1) {
+    driver.forward_kernel = forward_kernel<Cell, T>;
+    driver.backward_kernel = backward_kernel<Cell, T>;
+  }
+  driver.forward_workspace = workspace_of<Cell, ForwardCall<T>, ForwardProblem<T>>;
+  driver.backward_workspace =
+      workspace_of<Cell, BackwardCall<T>, BackwardProblem<T, Accumulator<T>>>;
   driver.forward = run_forward<Cell, T>;
-  driver.backward = [](const Backward& p, const CudaCall& call, const CudaPlan& plan) {
-    return with_plan<T>(plan, [&](auto product, auto rows) {
-      return with_projection<Cell>(p, [&](auto projected) {
-        return backward_steps<Cell, decltype(product), decltype(rows)::value,
-                              decltype(projected)::value>(p, call, plan);
-      });
-    });
-  };
+  driver.backward = run_backward<Cell, T>;
   return driver;
 }
 
@@ -295,17 +176,23 @@ Status check_problem(int cell, const Problem& p) {
 }
 
 // The recurrence of a layer without a projection may be a persistent kernel's.
+template <class T, class Problem>
+CudaPlan plan_of(const CellDriver<T>& driver, FindPersistent persistent, const Problem& p,
+                 const CudaCall& call) {
+  const auto found = p.dir[0].W_hr ? nullptr : persistent;
+  return make_cuda_plan(call, {cuda_type<T>, p.seq.B, p.H, p.D, driver.gates, found});
+}
+
 template <class T>
 CudaPlan forward_plan(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
   const CellDriver<T>& driver = cell_drivers<T>[cell];
-  const auto persistent = p.dir[0].W_hr ? nullptr : driver.persistent;
-  return make_cuda_plan(call, {cuda_type<T>, p.seq.B, p.H, p.D, driver.gates, persistent});
+  return plan_of(driver, driver.forward_kernel, p, call);
 }
 
 template <class T, class A>
 CudaPlan backward_plan(int cell, const BackwardProblem<T, A>& p, const CudaCall& call) {
-  const int gates = cell_drivers<T>[cell].gates;
-  return make_cuda_plan(call, {cuda_type<T>, p.seq.B, p.H, p.D, gates, nullptr});
+  const CellDriver<T>& driver = cell_drivers<T>[cell];
+  return plan_of(driver, driver.backward_kernel, p, call);
 }
 
 template <class T, class Problem, class Run>
@@ -323,8 +210,8 @@ size_t forward_workspace(int cell, const ForwardProblem<T>& p, const CudaCall& c
 }
 
 template <class T, class A>
-size_t backward_workspace(int cell, const BackwardProblem<T, A>& p) {
-  return cell_drivers<T>[cell].backward_workspace(p);
+size_t backward_workspace(int cell, const BackwardProblem<T, A>& p, const CudaCall& call) {
+  return cell_drivers<T>[cell].backward_workspace(p, call);
 }
 
 template <class T>
@@ -341,14 +228,15 @@ Status run_backward_cuda(int cell, const BackwardProblem<T, A>& p, const CudaCal
   });
 }
 
-#define RNNKERN_CUDA_TYPE(T)                                                             \
-  template size_t forward_workspace<T>(int, const ForwardProblem<T>&, const CudaCall&);  \
-  template size_t backward_workspace<T>(int, const BackwardProblem<T, Accumulator<T>>&); \
-  template Status run_forward_cuda<T>(int, const ForwardProblem<T>&, const CudaCall&);   \
-  template Status run_backward_cuda<T>(int, const BackwardProblem<T, Accumulator<T>>&,   \
-                                       const CudaCall&);                                 \
-  template CudaPlan forward_plan<T>(int, const ForwardProblem<T>&, const CudaCall&);     \
-  template CudaPlan backward_plan<T>(int, const BackwardProblem<T, Accumulator<T>>&,     \
+#define RNNKERN_CUDA_TYPE(T)                                                            \
+  template size_t forward_workspace<T>(int, const ForwardProblem<T>&, const CudaCall&); \
+  template size_t backward_workspace<T>(int, const BackwardProblem<T, Accumulator<T>>&, \
+                                        const CudaCall&);                               \
+  template Status run_forward_cuda<T>(int, const ForwardProblem<T>&, const CudaCall&);  \
+  template Status run_backward_cuda<T>(int, const BackwardProblem<T, Accumulator<T>>&,  \
+                                       const CudaCall&);                                \
+  template CudaPlan forward_plan<T>(int, const ForwardProblem<T>&, const CudaCall&);    \
+  template CudaPlan backward_plan<T>(int, const BackwardProblem<T, Accumulator<T>>&,    \
                                      const CudaCall&);
 
 }  // namespace rnnkern

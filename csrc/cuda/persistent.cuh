@@ -1,147 +1,68 @@
-// The forward pass in one launch, for cells of one phase without a projection.
+// What the persistent kernels of both passes share: all steps of a pass in one launch.
 //
 // R stays on the chip for the whole sequence. The blocks of a *group* hold one whole R of one
-// direction between them, each the rows of kUnits units with all their gates, in shared memory. A
+// direction between them, each that of kUnits units with all their gates, in shared memory. A
 // group computes the batch rows of every `groups`-th tile of 8·RN; what it does not compute, it
 // never looks at, so groups do not wait for each other.
 //
 //   grid (blocks of a group, groups, directions)      all of it on the device at once
 //
-//   for each step   x ahead │ wait │ r = R·h'  gate math  h │ arrive │ y, gates for backward
-//                   of its own     └ all of the group's h'
+//   each exchange   operands of its own ahead │ wait │ product, gate math │ arrive │ results
+//                                             └ what all of the group have made
 //
-// h goes through global memory; exchange.cuh says who waits for whom. The states of a group with a
-// single tile of rows stay in the registers of the thread that owns the unit and row; with more
-// tiles that thread keeps c in the workspace. Sums are those of the step-wise kernels, in their
-// order.
+// What the blocks exchange goes through global memory; exchange.cuh says who waits for whom. What a
+// thread carries from step to step for its unit stays in registers if the group has a single tile
+// of rows; with more tiles the thread keeps it in the workspace. Sums are those of the step-wise
+// kernels, in their order.
 #pragma once
 
 #include "cuda/exchange.cuh"
-#include "cuda/forward.cuh"
+#include "cuda/steps.cuh"
 
 namespace rnnkern {
 
 constexpr int kSequenceBlocks = 2;  // on a multiprocessor at least: leaves 255 registers a thread
 
-// What a thread knows of its unit of RN rows.
-template <class Cell, class T, int RN>
-struct Owned {
-  using V = Value<Accumulator<T>>;
-  ForwardUnit<Cell, V> unit[RN];
-  V state[RN][Cell::states];  // before this step; h as the exchange has rounded it
-  Bias<Cell, V> bias;
-  bool runs_now[RN], goes_on[RN];  // whether the row has this step, and the next one
+// What a block computes, and with whom.
+struct Part {
+  Tile first;
+  int64_t stride;  // rows from a tile to its next
+  bool shares;     // several tiles of rows, in turns, have the block's registers
+  Group group;
 
-  // From where forward_prepare, or the step before, left them.
-  __device__ __forceinline__ void fetch_states(const ForwardCall<T>& s, const Tile& tile,
-                                               int slot) {
-    const int64_t u = tile.unit();
-#pragma unroll
-    for (int n = 0; n < RN; ++n) {
-      const int64_t at = tile.row(n) * s.p.H + u;
-      if (u >= s.p.H || tile.row(n) >= s.p.seq.B) continue;
-      state[n][0] = fetch(s.scratch[tile.d].h[slot] + at);
-      if (Cell::states == 2) state[n][Cell::states - 1] = V(s.scratch[tile.d].c[at]);
-    }
+  template <int RN>
+  __device__ static Part of_block(const Sequence& seq, const Exchange& exchange) {
+    const int64_t rows = 8 * RN, stride = gridDim.y * rows;
+    const int64_t group = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+    return {{static_cast<int64_t>(blockIdx.x) * kUnits, blockIdx.y * rows, int(blockIdx.z)},
+            stride,
+            stride < seq.B,
+            {exchange.arrived + group * kCounterWords, gridDim.x}};
   }
 
-  __device__ __forceinline__ void fetch_x(const ForwardProblem<T>& p, const Tile& tile,
-                                          const Step& now, const Step& next) {
-    const int64_t u = tile.unit();
-#pragma unroll
-    for (int n = 0; n < RN; ++n) {
-      const int64_t j = tile.row(n);
-      runs_now[n] = u < p.H && runs(p.seq, now, j);
-      goes_on[n] = runs(p.seq, next, j);
-      if (runs_now[n])
-        fetch_gates<Cell, 0>(p, tile.d, data_row(p.seq, p.x_rows, now, j), u, unit[n]);
-    }
-  }
-
-  // The gate math; h goes to the others, c stays here unless `shares` the registers with more rows.
-  __device__ __forceinline__ void step(const ForwardCall<T>& s, const Tile& tile, const Step& now,
-                                       const Step& next, int slot, bool shares,
-                                       const Accumulator<T> (&r)[Cell::gates][RN]) {
-    const int64_t u = tile.unit();
-    const ForwardScratch<T>& scratch = s.scratch[tile.d];
-#pragma unroll
-    for (int n = 0; n < RN; ++n) {
-      if (!runs_now[n]) continue;
-      const int64_t j = tile.row(n), at = j * s.p.H + u;
-#pragma unroll
-      for (int k = 0; k < Cell::states; ++k) unit[n].prev[k] = state[n][k];
-      activate<Cell, 0>(bias, r, n, unit[n]);
-      if (!goes_on[n]) continue;
-#pragma unroll
-      for (int k = 0; k < Cell::states; ++k)
-        state[n][k] = state_before(s.p, tile.d, k, now, next, j, u, unit[n].next[k]);
-      T* h = scratch.h[slot ^ 1] + at;
-      put(h, state[n][0]);
-      state[n][0] = V(widen(narrow<T>(state[n][0].v)));
-      if (Cell::states == 2 && shares) scratch.c[at] = state[n][Cell::states - 1].v;
-    }
-  }
-
-  // What nobody waits for.
-  __device__ __forceinline__ void put_results(const ForwardProblem<T>& p, const Tile& tile,
-                                              const Step& now) {
-    const int64_t u = tile.unit();
-#pragma unroll
-    for (int n = 0; n < RN; ++n) {
-      if (!runs_now[n]) continue;
-      const int64_t j = tile.row(n), row = data_row(p.seq, p.x_rows, now, j);
-      keep_gates<Cell, 0>(p, tile.d, row, u, unit[n]);
-      if (p.dir[tile.d].h_prev) put(p.dir[tile.d].h_prev + row * p.H + u, unit[n].prev[0]);
-#pragma unroll
-      for (int k = 0; k < Cell::states; ++k)
-        put_result(p, tile.d, k, now, goes_on[n], j, u, unit[n].next[k]);
-    }
-  }
-};
-
-template <class Cell, class Product, int RN>
-__global__ void __launch_bounds__(kThreads, kSequenceBlocks)
-    forward_sequence(const ForwardCall<typename Product::Data> s) {
-  using T = typename Product::Data;
-  const ForwardProblem<T>& p = s.p;
-  const int d = static_cast<int>(blockIdx.z);
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * 8 * RN;
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * 8 * RN;
-  const bool shares = stride < p.seq.B;
-  const int64_t group_index = static_cast<int64_t>(d) * gridDim.y + blockIdx.y;
-  const Group group{s.exchange.arrived + group_index * kCounterWords, gridDim.x};
-  Tile tile{static_cast<int64_t>(blockIdx.x) * kUnits, first, d};
-  const Kept weights{block_memory() + Product::template work<Cell::gates, RN>(), p.H};
-  Product::template keep<Cell::gates>(Weights<T>{p.dir[d].R, p.H, p.H}, tile.u0, weights.data);
-
-  Owned<Cell, T, RN> own;
-  own.bias = fetch_bias<Cell, 0>(p, d, tile.unit());
-  if (!shares) own.fetch_states(s, tile, 0);
-  const int64_t way = p.dir[d].reverse ? -1 : 1;
-  Step next = step_at(p.seq, p.dir[d].reverse ? p.seq.T - 1 : 0);
-  for (int64_t i = 0; i < p.seq.T; ++i) {
-    const Step now = next;
-    const int slot = static_cast<int>(i % 2);
-    next = step_at(p.seq, now.t + way);
-    own.fetch_x(p, {tile.u0, first, d}, now, next);
-    group.wait(static_cast<uint64_t>(i));
+  // One exchange, once every block has arrived `times` times: compute(tile) for the block's tiles
+  // of the first `rows` rows, after ahead(tile), which may not look at what others make, and before
+  // after(tile), which nobody waits for.
+  template <class Ahead, class Compute, class After>
+  __device__ __forceinline__ void exchange(int64_t times, int64_t rows, Ahead ahead,
+                                           Compute compute, After after) const {
+    Tile tile = first;
+    ahead(tile);
+    group.wait(static_cast<uint64_t>(times));
     bool arrived = false;
-    for (tile.j0 = first; tile.j0 < now.rows; tile.j0 += stride) {
-      if (tile.j0 != first) {
+    for (; tile.j0 < rows; tile.j0 += stride) {
+      if (tile.j0 != first.j0) {
         __syncthreads();  // until all have read the last tile's shared memory
-        own.fetch_x(p, tile, now, next);
+        ahead(tile);
       }
-      if (shares) own.fetch_states(s, tile, slot);
-      Accumulator<T> r[Cell::gates][RN];
-      Product::run(weights, Operand<T>{s.scratch[d].h[slot], now.rows}, tile.u0, tile.j0, r);
-      own.step(s, tile, now, next, slot, shares, r);
-      arrived = tile.j0 + stride >= now.rows;
+      compute(tile);
+      arrived = tile.j0 + stride >= rows;
       if (arrived) group.arrive();
-      own.put_results(p, tile, now);
+      after(tile);
     }
     if (!arrived) group.arrive();  // has no row in this step
   }
-}
+};
 
 // Steps of a packed sequence, which the host knows, in an argument of less than 4 KiB.
 struct SomeSteps {

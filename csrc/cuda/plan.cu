@@ -6,11 +6,12 @@
 // fewer blocks. In clocks of a multiprocessor,
 //
 //   step = passes · blocks on the busiest multiprocessor · pass
-//   pass = bytes of R / 128 + bytes of h' / 64                      on tensor cores
-//        = 4 · (G + row tiles) · H · (size of the type summed in / 4)   otherwise
+//   pass = bytes of R / 128 + bytes of the operand / 64               on tensor cores
+//        = 4 · (G·H + row tiles · K) · (size of the type summed in / 4)   otherwise
 //
-// where a pass is one tile of 8·row tiles rows, of which a group has `passes`: R comes from shared
-// memory, h' by way of L2; exact products are bound by what a warp loads for its multiply-adds. The
+// where a pass is one tile of 8·row tiles rows, of which a group has `passes`, and K the operand's
+// elements of a row: H of h' in forward, G·H of dr in backward. R comes from shared memory, the
+// operand by way of L2; exact products are bound by what a warp loads for its multiply-adds. The
 // time of the exchange is the same for all and left out. No GPU has confirmed any of it.
 #include <atomic>
 
@@ -97,10 +98,13 @@ int64_t held(const Device& device, const void* kernel, int64_t memory) {
   return blocks;
 }
 
-double clocks_of_pass(const CudaSizes& s, bool tensor_cores, int row_tiles, int64_t kept) {
-  const auto H = static_cast<double>(s.H);
-  if (tensor_cores) return double(kept) / 128 + 8.0 * row_tiles * H * double(size_of(s.type)) / 64;
-  return 4.0 * (s.gates + row_tiles) * H * (s.type == CudaType::float64 ? 2 : 1);
+double clocks_of_pass(const CudaSizes& s, bool tensor_cores, int row_tiles,
+                      const PersistentKernel& found) {
+  const auto K = static_cast<double>(found.operand);
+  if (tensor_cores)
+    return double(found.kept) / 128 + 8.0 * row_tiles * K * double(size_of(s.type)) / 64;
+  const double words = s.type == CudaType::float64 ? 2 : 1;
+  return 4.0 * (double(s.gates * s.H) + row_tiles * K) * words;
 }
 
 // Completes a plan by the best grid of the persistent kernel; leaves it as it is if none fits.
@@ -113,7 +117,7 @@ void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
     const int64_t memory = found.kept + found.work;
     const int64_t all = held(device, found.kernel, memory) * device.multiprocessors;
     const int64_t row_blocks = tiles(s.B, 8 * row_tiles);
-    const double pass = clocks_of_pass(s, stepwise.tensor_cores, row_tiles, found.kept);
+    const double pass = clocks_of_pass(s, stepwise.tensor_cores, row_tiles, found);
     for (int64_t groups = 1; groups <= row_blocks && groups <= all / (s.D * blocks); ++groups) {
       const int64_t crowd = tiles(s.D * blocks * groups, device.multiprocessors);
       const double time = double(tiles(row_blocks, groups) * crowd) * pass;

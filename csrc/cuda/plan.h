@@ -15,20 +15,21 @@ struct CudaCall {
 
 enum class CudaType { float64, float32, float16, bfloat16 };
 
-// The persistent kernel of one cell, product and number of row tiles; see persistent.cuh.
+// The persistent kernel of one cell, pass, product and number of row tiles; see persistent.cuh.
 struct PersistentKernel {
   const void* kernel;
-  int64_t kept;  // bytes of shared memory that hold a block's rows of R
-  int64_t work;  // bytes that its product takes besides
+  int64_t kept;     // bytes of shared memory that hold a block's rows of R
+  int64_t work;     // bytes that its product takes besides
+  int64_t operand;  // elements that the product reads of each row
 };
+using FindPersistent = PersistentKernel (*)(bool tensor_cores, int row_tiles, int64_t H);
 
 // What a plan depends on, besides the device.
 struct CudaSizes {
   CudaType type;
   int64_t B, H, D;
   int gates;
-  // The kernel with tensor cores or without, and so many row tiles; null: there is none.
-  PersistentKernel (*persistent)(bool tensor_cores, int row_tiles, int64_t H);
+  FindPersistent persistent;  // null: there is none
 };
 
 struct CudaPlan {

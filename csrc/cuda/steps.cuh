@@ -1,6 +1,6 @@
 // What the kernels of both passes share: one step as a kernel sees it, and where its rows are.
 //
-// But for the persistent kernel (persistent.cuh), the driver launches one grid a step, for all
+// But for the persistent kernels (persistent.cuh), the driver launches one grid a step, for all
 // directions at once. A step of one stage has a block for each tile. Where a step has several, each
 // needs all of the one before: the whole grid waits between them, and as it can be no larger than
 // what the device runs at once, its blocks share the tiles of every stage.
@@ -14,6 +14,7 @@
 
 #include "core/cell.h"
 #include "core/problem.h"
+#include "cuda/exchange.cuh"
 #include "cuda/product.cuh"
 
 namespace rnnkern {
@@ -30,6 +31,11 @@ RNNKERN_HD Step step_at(const Sequence& seq, int64_t t) {
   if (t < 0 || t >= seq.T) return {-1, 0, 0};
   return {t, seq.rows_at(t), seq.offset ? seq.offset[t] : 0};
 }
+
+// Sequence::active and offset on the device, for a persistent kernel.
+struct PackedSteps {
+  int64_t *active, *offset;  // [T]
+};
 
 __device__ __forceinline__ bool valid_length(const Sequence& seq, int64_t j) {
   return !seq.lengths || (seq.lengths[j] >= 0 && seq.lengths[j] <= seq.T);
@@ -81,6 +87,14 @@ __device__ __forceinline__ void stage(int64_t units, int64_t rows, int64_t direc
     if (i != blockIdx.x) __syncthreads();  // until all have read the last tile's shared memory
     run(Tile::at<RN>(i % each, unit_tiles, i / each));
   }
+}
+
+// Sets the counters of a call to zero, by all threads of a grid before the one that waits.
+__device__ __forceinline__ void nobody_arrived(const Exchange& exchange) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < exchange.words;
+       i += threads)
+    exchange.arrived[i] = 0;
 }
 
 // Between two stages: until every block of the grid has written what the next one reads.

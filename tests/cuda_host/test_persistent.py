@@ -1,4 +1,4 @@
-"""The persistent forward kernel: all steps in one launch, and the step-wise kernels' bits."""
+"""The persistent kernels: all steps of a pass in one launch, and the step-wise kernels' bits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cases import (
     evaluate,
     expected,
     feature_cases,
+    leaves,
     run_op,
     same_bits,
 )
@@ -82,7 +83,7 @@ def assert_same_as_stepwise(host: Host, args: LayerInputs, dtype: torch.dtype) -
     """Compare both passes and inference bit by bit, and with the reference."""
     before = host.launches()
     found, infers = evaluate(args), inference(args)
-    assert host.launches().cooperative == before.cooperative + 2, "not one launch for all steps"
+    assert host.launches().cooperative == before.cooperative + 3, "not one launch for a pass"
     with planned("stepwise"):
         assert_identical(found, evaluate(args))
         assert_identical(infers, inference(args))
@@ -101,16 +102,17 @@ def test_the_bits_of_the_stepwise_kernels(
 
 def test_the_cases_meet_every_kind_of_plan(host: Host) -> None:
     """Both kernels, one group or more, rows that share registers and rows that do not."""
-    met = set()
+    met: dict[str, set[tuple[int, int, bool]]] = {"forward": set(), "backward": set()}
     features: dict[torch.dtype, set[Case]] = {dtype: set() for dtype in TYPES}
     for case, groups, dtype in spread():
         with_room_for(host, case, groups)
-        plan = plan_of(host, case, dtype)["forward"]
-        assert plan["kind"] == "persistent"
-        rows = plan["groups"] * plan["rows_of_a_block"]
-        met.add((plan["rows_of_a_block"], plan["groups"], rows < case.B))
+        for name, plan in plan_of(host, case, dtype).items():
+            assert plan["kind"] == "persistent"
+            rows = plan["groups"] * plan["rows_of_a_block"]
+            met[name].add((plan["rows_of_a_block"], plan["groups"], rows < case.B))
         features[dtype].add(dataclasses.replace(case, B=1, H=1))
-    assert met >= {(8, 1, False), (8, 3, False), (32, 1, False), (32, 1, True), (32, 2, True)}
+    wanted = {(8, 1, False), (8, 3, False), (32, 1, False), (32, 1, True), (32, 2, True)}
+    assert all(found >= wanted for found in met.values())
     for dtype in TYPES:
         assert features[dtype] == set(cases_of((1, 1), T=3))
 
@@ -168,23 +170,26 @@ def test_wrong_lengths_on_the_device_make_their_row_nan(
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("T", [1, STEPS_OF_AN_ARGUMENT, STEPS_OF_AN_ARGUMENT + 1])
 def test_one_launch_for_all_steps(host: Host, cell: str, layout: Any, T: int) -> None:
-    """Before it one for the states and, if packed, one for each so many steps."""
+    """Before it one for the states and, if packed, one for each so many steps.
+
+    In backward also one for each direction's weights.
+    """
     args = build(Case(cell, T=T, B=2, I=1, H=2, D=2, layout=layout), torch.float64)
-    before = host.launches()
-    found = inference(args)
-    after = host.launches()
+    before, found = host.launches(), evaluate(args)
     steps = -(-T // STEPS_OF_AN_ARGUMENT) if layout == "packed" else 0
-    assert after == Launches(before.plain + 1 + steps, before.cooperative + 1)
+    plain = 1 + steps + 1 + 2 + steps
+    assert host.launches() == Launches(before.plain + plain, before.cooperative + 2)
     with planned("stepwise"):
-        assert_identical(found, inference(args))
+        assert_identical(found, evaluate(args))
 
 
 def test_stepwise_is_the_default(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RNNKERN_CUDA_PLAN")
-    assert plan_of(host, Case("lstm"), torch.float32)["forward"]["kind"] == "stepwise"
+    plan = plan_of(host, Case("lstm"), torch.float32)
+    assert {p["kind"] for p in plan.values()} == {"stepwise"}
     before = host.launches()
-    run_op(build(Case("lstm", T=3), torch.float32))
-    assert host.launches() == Launches(before.plain + 4, before.cooperative)
+    evaluate(build(Case("lstm", T=3), torch.float32))
+    assert host.launches() == Launches(before.plain + 4 + 6, before.cooperative)
 
 
 def test_an_unknown_plan_is_an_error(host: Host) -> None:
@@ -219,18 +224,23 @@ def test_a_refused_launch_is_made_up_for_step_by_step(host: Host) -> None:
     case = Case("lstm", T=3, B=3, H=33, D=2, lengths=True)
     args = build(case, torch.float32)
     host.device_size(5, THREADS, claimed=6)
-    assert plan_of(host, case, torch.float32)["forward"]["kind"] == "persistent"
-    before, found = host.launches(), inference(args)
-    assert host.launches() == Launches(before.plain + 2 + case.T, before.cooperative)
+    assert {p["kind"] for p in plan_of(host, case, torch.float32).values()} == {"persistent"}
+    before, found = host.launches(), evaluate(args)
+    forward, backward = 2 + case.T, 2 * 3 + case.T + 1
+    assert host.launches() == Launches(before.plain + forward + backward, before.cooperative)
     with planned("stepwise"):
-        assert_identical(found, inference(args))
+        assert_identical(found, evaluate(args))
 
 
 def test_weights_that_do_not_fit_a_block(host: Host) -> None:
-    """float64 LSTM: (H + 31) / 32 · 32 rows of 65 numbers, and for the product 32 of 9."""
+    """float64 LSTM: (H + 31) / 32 · 32 rows of 65 numbers, and for the product 32 of 9.
+
+    In backward (4·H + 31) / 32 · 32 rows of 17 numbers.
+    """
     host.device_size(64)
-    kinds = [plan_of(host, Case("lstm", H=H), torch.float64)["forward"]["kind"] for H in (416, 417)]
-    assert kinds == ["persistent", "stepwise"]
+    for name in ("forward", "backward"):
+        plans = (plan_of(host, Case("lstm", H=H), torch.float64) for H in (416, 417))
+        assert [plan[name]["kind"] for plan in plans] == ["persistent", "stepwise"]
 
 
 def test_the_plan_tells_the_grid(host: Host) -> None:
@@ -246,57 +256,79 @@ def test_the_plan_tells_the_grid(host: Host) -> None:
         "resident_bytes": 4 * 16 * 96 * 2,
         "shared_memory_bytes": 4 * 16 * 96 * 2 + 4 * 64 * 9 * 4,
     }
-    assert plan["backward"]["kind"] == "stepwise"
+    assert plan["backward"] == plan["forward"] | {
+        "shared_memory_bytes": 4 * 16 * 96 * 2 + 4 * 16 * 9 * 4
+    }
     told = str(Explanation("lstm", "cuda", "", torch.bfloat16, torch.bfloat16, plan=plan))
-    assert told.splitlines()[1:] == [
-        "  forward: one launch for all steps, tensor cores, 8 rows a block at a time;"
-        " 3 group(s) a direction of 6 block(s), 12288 bytes of weights in each",
-        "  backward: one launch a step, tensor cores, 32 rows a block",
-    ]
+    words = (
+        "one launch for all steps, tensor cores, 8 rows a block at a time;"
+        " 3 group(s) a direction of 6 block(s), 12288 bytes of weights in each"
+    )
+    assert told.splitlines()[1:] == [f"  forward: {words}", f"  backward: {words}"]
 
 
 # ---- the test of these tests --------------------------------------------------------------------
 BROKEN = Case("lstm", T=6, B=3, H=33)
+both_passes = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
 
-def some_order_shows(host: Host, case: Case, dtype: torch.dtype, drop: Callable[[], None]) -> bool:
-    """Whether forward's results are others once `drop` has been called, for one of some seeds."""
+def some_order_shows(
+    host: Host, case: Case, dtype: torch.dtype, backward: bool, drop: Callable[[], None]
+) -> bool:
+    """Whether a pass's results are others once `drop` has been called, for one of some seeds."""
     args = build(case, dtype)
     for seed in range(50):
         host.seed(seed)
-        if shows(args, backward=False, drop=drop):
+        if shows(args, backward, drop):
             return True
         host.drop_barrier(-1)
         host.drop_wait(-1)
     return False
 
 
+@both_passes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wait", [0, 2])
-def test_a_missing_wait_shows(host: Host, dtype: torch.dtype, wait: int) -> None:
-    assert some_order_shows(host, BROKEN, dtype, lambda: host.drop_wait(wait))
+def test_a_missing_wait_shows(host: Host, dtype: torch.dtype, wait: int, backward: bool) -> None:
+    assert some_order_shows(host, BROKEN, dtype, backward, lambda: host.drop_wait(wait))
 
 
-def test_a_missing_release_ends_in_an_error(host: Host) -> None:
-    args = build(BROKEN, torch.bfloat16)
+@both_passes
+def test_a_missing_release_ends_in_an_error(host: Host, backward: bool) -> None:
+    args = leaves(build(BROKEN, torch.bfloat16))
+    y = run_op(args)[0] if backward else None
     host.drop_release(1)
     with pytest.raises(RuntimeError, match="deadlock: threads poll for what nobody writes"):
-        run_op(args)
+        y.sum().backward() if y is not None else run_op(args)
 
 
-# A thread's barriers: one ahead of each step, in it one of the product on tensor cores or four of
-# the exact one at this size, and one behind it.
+# A thread's barriers: one ahead of each step, in it one of the product on tensor cores or, of the
+# exact one at this size, four in forward and ten in backward, and one behind it. The first visit of
+# backward has no product.
 @pytest.mark.parametrize(
-    ("dtype", "barrier"),
-    [(torch.bfloat16, i) for i in (1, 2, 3)] + [(torch.float32, i) for i in (1, 2, 5, 6)],
+    ("backward", "dtype", "barrier"),
+    [(False, torch.bfloat16, i) for i in (1, 2, 3)]
+    + [(False, torch.float32, i) for i in (1, 2, 5, 6)]
+    + [(True, torch.bfloat16, i) for i in (1, 2, 3, 4)]
+    + [(True, torch.float32, i) for i in (1, 2, 3, 4, 13)],
     ids=str,
 )
-def test_a_missing_barrier_shows(host: Host, dtype: torch.dtype, barrier: int) -> None:
-    assert some_order_shows(host, BROKEN, dtype, lambda: host.drop_barrier(barrier))
+def test_a_missing_barrier_shows(
+    host: Host, backward: bool, dtype: torch.dtype, barrier: int
+) -> None:
+    assert some_order_shows(host, BROKEN, dtype, backward, lambda: host.drop_barrier(barrier))
 
 
-def test_a_missing_barrier_between_two_tiles_of_rows_shows(host: Host) -> None:
-    """The third barrier: ahead of the step, in the first product, between the tiles."""
+@pytest.mark.parametrize(("backward", "barrier"), [(False, 2), (True, 6)])
+def test_a_missing_barrier_between_two_tiles_of_rows_shows(
+    host: Host, backward: bool, barrier: int
+) -> None:
+    """In forward the third: ahead of the step, in the first product, between the tiles.
+
+    In backward that of the second visit; the first has one ahead, two between and one behind.
+    """
     case = dataclasses.replace(BROKEN, B=70, T=3)
     with_room_for(host, case, 1)
-    assert some_order_shows(host, case, torch.bfloat16, lambda: host.drop_barrier(2))
+    assert some_order_shows(
+        host, case, torch.bfloat16, backward, lambda: host.drop_barrier(barrier)
+    )
