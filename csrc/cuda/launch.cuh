@@ -55,9 +55,10 @@ template <class Cell, class T>
 PersistentKernel forward_kernel(bool tensor_cores, int row_tiles, int64_t H) {
   return persistent_kernel<T>(tensor_cores, row_tiles, [&](auto product, auto rows) {
     using Product = decltype(product);
-    constexpr int G = Cell::gates, RN = decltype(rows)::value;
+    constexpr int F = Cell::phases, RN = decltype(rows)::value;
+    using Memory = ForwardMemory<Cell, Product, RN>;
     return PersistentKernel{reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN>),
-                            Product::template kept_bytes<G>(H), Product::template work<G, RN>(), H};
+                            Memory::kept(F, H), Memory::work(), F * H};
   });
 }
 
@@ -65,10 +66,10 @@ template <class Cell, class T>
 PersistentKernel backward_kernel(bool tensor_cores, int row_tiles, int64_t H) {
   return persistent_kernel<T>(tensor_cores, row_tiles, [&](auto product, auto rows) {
     using Product = decltype(product);
-    constexpr int RN = decltype(rows)::value;
-    const int64_t K = Cell::gates * H;
+    constexpr int F = Cell::phases, RN = decltype(rows)::value;
+    using Memory = BackwardMemory<Cell, Product, RN>;
     return PersistentKernel{reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN>),
-                            Product::template kept_bytes<1>(K), Product::template work<1, RN>(), K};
+                            Memory::kept(F, H), Memory::work(), Cell::gates * H};
   });
 }
 
@@ -76,7 +77,7 @@ template <class T>
 struct CellDriver {
   bool projects;
   int gates;
-  FindPersistent forward_kernel, backward_kernel;  // or null
+  FindPersistent forward_kernel, backward_kernel;
   size_t (*forward_workspace)(const ForwardProblem<T>&, const CudaCall&);
   size_t (*backward_workspace)(const BackwardProblem<T, Accumulator<T>>&, const CudaCall&);
   Status (*forward)(const ForwardProblem<T>&, const CudaCall&, const CudaPlan&);
@@ -106,12 +107,8 @@ Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaP
         return forward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
       });
     };
-    if constexpr (Cell::phases == 1) {
-      return at_once_or_steps(
-          plan, [&] { return forward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
-    } else {
-      return steps();
-    }
+    return at_once_or_steps(
+        plan, [&] { return forward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
   });
 }
 
@@ -126,12 +123,8 @@ Status run_backward(const BackwardProblem<T, Accumulator<T>>& p, const CudaCall&
         return backward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
       });
     };
-    if constexpr (Cell::phases == 1) {
-      return at_once_or_steps(
-          plan, [&] { return backward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
-    } else {
-      return steps();
-    }
+    return at_once_or_steps(
+        plan, [&] { return backward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
   });
 }
 
@@ -150,10 +143,8 @@ constexpr CellDriver<T> cell_driver() {
   CellDriver<T> driver{};
   driver.projects = Cell::projects;
   driver.gates = Cell::gates;
-  if constexpr (Cell::phases == 1) {
-    driver.forward_kernel = forward_kernel<Cell, T>;
-    driver.backward_kernel = backward_kernel<Cell, T>;
-  }
+  driver.forward_kernel = forward_kernel<Cell, T>;
+  driver.backward_kernel = backward_kernel<Cell, T>;
   driver.forward_workspace = workspace_of<Cell, ForwardCall<T>, ForwardProblem<T>>;
   driver.backward_workspace =
       workspace_of<Cell, BackwardCall<T>, BackwardProblem<T, Accumulator<T>>>;

@@ -1,5 +1,8 @@
-// The forward pass in one launch, for cells of one phase without a projection; persistent.cuh says
-// how. The blocks exchange h, the product's operand: a step reads one slot and writes the other.
+// The forward pass in one launch, for cells without a projection; persistent.cuh says how.
+//
+// A step has an exchange for each phase, of the operand of its product: h, in two slots, of which a
+// step reads the one and writes the other, and in a cell of two phases then q, for which one will
+// do: who writes the next q has waited for all that read this one.
 #pragma once
 
 #include "cuda/forward.cuh"
@@ -7,13 +10,41 @@
 
 namespace rnnkern {
 
+// The shared memory of a block: the work of the product that needs most, then R, by phases.
+template <class Cell, class Product, int RN>
+struct ForwardMemory {
+  static constexpr int last = Cell::phases - 1;
+
+  RNNKERN_HD static constexpr int work() {
+    constexpr int a = Product::template work<phase_gates<Cell, 0>, RN>();
+    constexpr int b = Product::template work<phase_gates<Cell, last>, RN>();
+    return a > b ? a : b;
+  }
+  // Bytes of R before those of a phase; before phase `phases`, all.
+  RNNKERN_HD static int64_t kept(int phase, int64_t H) {
+    const int64_t first = Product::template kept_bytes<phase_gates<Cell, 0>>(H);
+    const int64_t second = Product::template kept_bytes<phase_gates<Cell, last>>(H);
+    return (phase > 0 ? first : 0) + (phase > 1 ? second : 0);
+  }
+  template <int phase>
+  __device__ static Kept weights(int64_t H) {
+    return {block_memory() + work() + kept(phase, H), H};
+  }
+  template <int phase, class T>
+  __device__ static void keep(const T* R, int64_t H, int64_t u0) {
+    constexpr int g0 = Cell::first[phase];
+    Product::template keep<phase_gates<Cell, phase>>(Weights<T>{R + g0 * H * H, H, H}, u0,
+                                                     weights<phase>(H).data);
+  }
+};
+
 // What a thread knows of its unit of RN rows.
 template <class Cell, class T, int RN>
 struct Owned {
   using V = Value<Accumulator<T>>;
   ForwardUnit<Cell, V> unit[RN];
   V state[RN][Cell::states];  // before this step; h as the exchange has rounded it
-  Bias<Cell, V> bias;
+  Bias<Cell, V> bias[Cell::phases];
   bool runs_now[RN], goes_on[RN];  // whether the row has this step, and the next one
 
   // From where forward_prepare, or the step before, left them.
@@ -29,6 +60,8 @@ struct Owned {
     }
   }
 
+  // x, and the gates of the phases before, as the data's type has rounded them.
+  template <int phase>
   __device__ __forceinline__ void fetch_x(const ForwardProblem<T>& p, const Tile& tile,
                                           const Step& now, const Step& next) {
     const int64_t u = tile.unit();
@@ -38,14 +71,16 @@ struct Owned {
       runs_now[n] = u < p.H && runs(p.seq, now, j);
       goes_on[n] = runs(p.seq, next, j);
       if (runs_now[n])
-        fetch_gates<Cell, 0>(p, tile.d, data_row(p.seq, p.x_rows, now, j), u, unit[n]);
+        fetch_gates<Cell, phase>(p, tile.d, data_row(p.seq, p.x_rows, now, j), u, unit[n]);
     }
   }
 
-  // The gate math; h goes to the others, c stays here unless `shares` the registers with more rows.
-  __device__ __forceinline__ void step(const ForwardCall<T>& s, const Tile& tile, const Step& now,
-                                       const Step& next, int slot, bool shares,
-                                       const Accumulator<T> (&r)[Cell::gates][RN]) {
+  // The gate math; q or h goes to the others, c stays here unless `shares` the registers with more
+  // rows.
+  template <int phase>
+  __device__ __forceinline__ void compute(const ForwardCall<T>& s, const Tile& tile,
+                                          const Step& now, const Step& next, int slot, bool shares,
+                                          const Accumulator<T> (&r)[phase_gates<Cell, phase>][RN]) {
     const int64_t u = tile.unit();
     const ForwardScratch<T>& scratch = s.scratch[tile.d];
 #pragma unroll
@@ -54,19 +89,20 @@ struct Owned {
       const int64_t j = tile.row(n), at = j * s.p.H + u;
 #pragma unroll
       for (int k = 0; k < Cell::states; ++k) unit[n].prev[k] = state[n][k];
-      activate<Cell, 0>(bias, r, n, unit[n]);
-      if (!goes_on[n]) continue;
+      activate<Cell, phase>(bias[phase], r, n, unit[n]);
+      if (phase < Cell::phases - 1) put(scratch.operand + at, unit[n].q);
+      if (phase < Cell::phases - 1 || !goes_on[n]) continue;
 #pragma unroll
       for (int k = 0; k < Cell::states; ++k)
         state[n][k] = state_before(s.p, tile.d, k, now, next, j, u, unit[n].next[k]);
-      T* h = scratch.h[slot ^ 1] + at;
-      put(h, state[n][0]);
+      put(scratch.h[slot ^ 1] + at, state[n][0]);
       state[n][0] = V(widen(narrow<T>(state[n][0].v)));
       if (Cell::states == 2 && shares) scratch.c[at] = state[n][Cell::states - 1].v;
     }
   }
 
   // What nobody waits for.
+  template <int phase>
   __device__ __forceinline__ void put_results(const ForwardProblem<T>& p, const Tile& tile,
                                               const Step& now) {
     const int64_t u = tile.unit();
@@ -74,7 +110,8 @@ struct Owned {
     for (int n = 0; n < RN; ++n) {
       if (!runs_now[n]) continue;
       const int64_t j = tile.row(n), row = data_row(p.seq, p.x_rows, now, j);
-      keep_gates<Cell, 0>(p, tile.d, row, u, unit[n]);
+      keep_gates<Cell, phase>(p, tile.d, row, u, unit[n]);
+      if (phase < Cell::phases - 1) continue;
       if (p.dir[tile.d].h_prev) put(p.dir[tile.d].h_prev + row * p.H + u, unit[n].prev[0]);
 #pragma unroll
       for (int k = 0; k < Cell::states; ++k)
@@ -83,34 +120,55 @@ struct Owned {
   }
 };
 
+// Phase `phase` of step i of a sequence.
+template <class Cell, class Product, int RN, int phase>
+__device__ __forceinline__ void forward_exchange(const ForwardCall<typename Product::Data>& s,
+                                                 const Part& part, int64_t i, const Step& now,
+                                                 const Step& next,
+                                                 Owned<Cell, typename Product::Data, RN>& own) {
+  using T = typename Product::Data;
+  const ForwardProblem<T>& p = s.p;
+  const ForwardScratch<T>& scratch = s.scratch[part.first.d];
+  const int slot = static_cast<int>(i % 2);
+  const Kept R = ForwardMemory<Cell, Product, RN>::template weights<phase>(p.H);
+  const Operand<T> operand{phase == 0 ? scratch.h[slot] : scratch.operand, now.rows};
+  const auto compute = [&](const Tile& tile) {
+    if (part.shares) own.fetch_states(s, tile, slot);
+    Accumulator<T> r[phase_gates<Cell, phase>][RN];
+    Product::run(R, operand, tile.u0, tile.j0, r);
+    own.template compute<phase>(s, tile, now, next, slot, part.shares, r);
+  };
+  part.exchange(
+      Cell::phases * i + phase, now.rows,
+      [&](const Tile& tile) { own.template fetch_x<phase>(p, tile, now, next); }, compute,
+      [&](const Tile& tile) { own.template put_results<phase>(p, tile, now); });
+}
+
 template <class Cell, class Product, int RN>
 __global__ void __launch_bounds__(kThreads, kSequenceBlocks)
     forward_sequence(const ForwardCall<typename Product::Data> s) {
   using T = typename Product::Data;
+  using Memory = ForwardMemory<Cell, Product, RN>;
+  constexpr int last = Cell::phases - 1;
   const ForwardProblem<T>& p = s.p;
   const Part part = Part::of_block<RN>(p.seq, s.exchange);
-  const int d = part.first.d;
-  const Kept R{block_memory() + Product::template work<Cell::gates, RN>(), p.H};
-  Product::template keep<Cell::gates>(Weights<T>{p.dir[d].R, p.H, p.H}, part.first.u0, R.data);
-
+  const Tile& first = part.first;
+  const ForwardDirection<T>& io = p.dir[first.d];
   Owned<Cell, T, RN> own;
-  own.bias = fetch_bias<Cell, 0>(p, d, part.first.unit());
-  if (!part.shares) own.fetch_states(s, part.first, 0);
-  const int64_t way = p.dir[d].reverse ? -1 : 1;
-  Step next = step_at(p.seq, p.dir[d].reverse ? p.seq.T - 1 : 0);
+  Memory::template keep<0>(io.R, p.H, first.u0);
+  own.bias[0] = fetch_bias<Cell, 0>(p, first.d, first.unit());
+  if constexpr (last == 1) {
+    Memory::template keep<last>(io.R, p.H, first.u0);
+    own.bias[last] = fetch_bias<Cell, last>(p, first.d, first.unit());
+  }
+  if (!part.shares) own.fetch_states(s, first, 0);
+  const int64_t way = io.reverse ? -1 : 1;
+  Step next = step_at(p.seq, io.reverse ? p.seq.T - 1 : 0);
   for (int64_t i = 0; i < p.seq.T; ++i) {
     const Step now = next;
-    const int slot = static_cast<int>(i % 2);
     next = step_at(p.seq, now.t + way);
-    const auto compute = [&](const Tile& tile) {
-      if (part.shares) own.fetch_states(s, tile, slot);
-      Accumulator<T> r[Cell::gates][RN];
-      Product::run(R, Operand<T>{s.scratch[d].h[slot], now.rows}, tile.u0, tile.j0, r);
-      own.step(s, tile, now, next, slot, part.shares, r);
-    };
-    part.exchange(
-        i, now.rows, [&](const Tile& tile) { own.fetch_x(p, tile, now, next); }, compute,
-        [&](const Tile& tile) { own.put_results(p, tile, now); });
+    forward_exchange<Cell, Product, RN, 0>(s, part, i, now, next, own);
+    if constexpr (last == 1) forward_exchange<Cell, Product, RN, last>(s, part, i, now, next, own);
   }
 }
 

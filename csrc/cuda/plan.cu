@@ -10,7 +10,7 @@
 //        = 4 · (G·H + row tiles · K) · (size of the type summed in / 4)   otherwise
 //
 // where a pass is one tile of 8·row tiles rows, of which a group has `passes`, and K the operand's
-// elements of a row: H of h' in forward, G·H of dr in backward. R comes from shared memory, the
+// elements of a row: H for each phase in forward, G·H in backward. R comes from shared memory, the
 // operand by way of L2; exact products are bound by what a warp loads for its multiply-adds. The
 // time of the exchange is the same for all and left out. No GPU has confirmed any of it.
 #include <atomic>

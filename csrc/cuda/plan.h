@@ -19,8 +19,8 @@ enum class CudaType { float64, float32, float16, bfloat16 };
 struct PersistentKernel {
   const void* kernel;
   int64_t kept;     // bytes of shared memory that hold a block's rows of R
-  int64_t work;     // bytes that its product takes besides
-  int64_t operand;  // elements that the product reads of each row
+  int64_t work;     // bytes that its products take besides
+  int64_t operand;  // elements that its products read of each row
 };
 using FindPersistent = PersistentKernel (*)(bool tensor_cores, int row_tiles, int64_t H);
 

@@ -64,7 +64,7 @@ struct ExactProduct {
 
   // ---- weights that are kept: [K, rounded up to kDepth][pitch(NG·kUnits)]
   template <int NG>
-  static int64_t kept_bytes(int64_t K) {
+  RNNKERN_HD static int64_t kept_bytes(int64_t K) {
     return (K + kDepth - 1) / kDepth * kDepth * pitch(NG * kUnits) * int64_t(sizeof(A));
   }
   template <int NG, int RN>
@@ -169,7 +169,7 @@ struct TensorProduct {
   // ---- weights that are kept: [K / kDepth, rounded up][NG][low, high][lane] of 16 bytes, which
   // a lane reads as the words that mma wants
   template <int NG>
-  static int64_t kept_bytes(int64_t K) {
+  RNNKERN_HD static int64_t kept_bytes(int64_t K) {
     return (K + kDepth - 1) / kDepth * NG * 2 * 32 * int64_t(sizeof(uint4));
   }
   template <int NG, int RN>

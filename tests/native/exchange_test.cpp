@@ -1,7 +1,8 @@
-// The exchange of h between the blocks of a group (cuda/exchange.cuh) alone, every thread of every
-// block a thread of the host, so that ThreadSanitizer sees which access is ordered before which. A
-// step reads all of one slot and writes the thread's own element of the other, as those of
-// forward_sequence do. An argument takes a part of the protocol away, and a race must be reported:
+// The exchange between the blocks of a group (cuda/exchange.cuh) alone, every thread of every block
+// a thread of the host, so that ThreadSanitizer sees which access is ordered before which. A step
+// reads all of one slot and writes the thread's own element of the other, as those of
+// forward_sequence and backward_sequence do; then the same with a second exchange in each step, of
+// what has one slot. An argument takes a part of the protocol away, and a race must be reported:
 //
 //   exchange_test [wait | release | barrier | slot]
 #include "cuda/exchange.cuh"
@@ -19,7 +20,7 @@ using rnnkern::Group;
 constexpr unsigned kBlocks = 3, kThreadsOfBlock = 2, kThreads = kBlocks * kThreadsOfBlock;
 constexpr uint64_t kSteps = 300;
 
-uint64_t h[2][kThreads], arrived[rnnkern::kCounterWords];
+uint64_t h[2][kThreads], q[kThreads], arrived[rnnkern::kCounterWords];
 pthread_barrier_t barrier_of_block[kBlocks];
 thread_local pthread_barrier_t* own_barrier;
 bool barriers = true;
@@ -31,25 +32,41 @@ uint64_t next_h(const uint64_t (&before)[kThreads], unsigned unit) {
   return sum;
 }
 
-void run_thread(unsigned block, unsigned thread) {
+void run_thread(unsigned phases, unsigned block, unsigned thread) {
   threadIdx.x = thread;
   own_barrier = &barrier_of_block[block];
   const Group group{arrived, kBlocks};
   const unsigned unit = block * kThreadsOfBlock + thread;
   for (uint64_t i = 0; i < kSteps; ++i) {
-    group.wait(i);
-    h[(i + 1) % slots][unit] = next_h(h[i % slots], unit);
+    const auto& before = h[i % slots];
+    group.wait(phases * i);
+    if (phases == 2) {
+      q[unit] = next_h(before, unit);
+      group.arrive();
+      group.wait(phases * i + 1);
+    }
+    h[(i + 1) % slots][unit] = next_h(phases == 2 ? q : before, unit);
     group.arrive();
   }
 }
 
-bool same_as_in_turn() {
-  uint64_t expected[2][kThreads] = {};
-  for (uint64_t i = 0; i < kSteps; ++i) {
-    for (unsigned unit = 0; unit < kThreads; ++unit)
-      expected[(i + 1) % 2][unit] = next_h(expected[i % 2], unit);
+void run(unsigned phases) {
+  std::memset(h, 0, sizeof h);
+  arrived[0] = 0;
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < kThreads; ++i)
+    threads.emplace_back(run_thread, phases, i / kThreadsOfBlock, i % kThreadsOfBlock);
+  for (std::thread& thread : threads) thread.join();
+}
+
+bool same_as_in_turn(unsigned phases) {
+  uint64_t expected[kThreads] = {};
+  for (uint64_t i = 0; i < phases * kSteps; ++i) {
+    uint64_t next[kThreads];
+    for (unsigned unit = 0; unit < kThreads; ++unit) next[unit] = next_h(expected, unit);
+    std::memcpy(expected, next, sizeof next);
   }
-  return std::memcmp(expected[kSteps % 2], h[kSteps % slots], sizeof h[0]) == 0;
+  return std::memcmp(expected, h[kSteps % slots], sizeof expected) == 0;
 }
 
 // Returns whether there is such a part.
@@ -74,11 +91,11 @@ int main(int count, char** arguments) {
     return 2;
   }
   for (auto& barrier : barrier_of_block) pthread_barrier_init(&barrier, nullptr, kThreadsOfBlock);
-  std::vector<std::thread> threads;
-  for (unsigned i = 0; i < kThreads; ++i)
-    threads.emplace_back(run_thread, i / kThreadsOfBlock, i % kThreadsOfBlock);
-  for (std::thread& thread : threads) thread.join();
-  if (same_as_in_turn()) return 0;
-  std::fprintf(stderr, "exchange_test: h is not what one thread computes\n");
-  return 1;
+  for (const unsigned phases : {1u, 2u}) {
+    run(phases);
+    if (same_as_in_turn(phases)) continue;
+    std::fprintf(stderr, "exchange_test: h is not what one thread computes\n");
+    return 1;
+  }
+  return 0;
 }
