@@ -77,7 +77,8 @@ py::dict as_dict(const CudaPlan& plan) {
   d["rows_of_a_block"] = 8 * plan.row_tiles;
   d["blocks_of_a_group"] = plan.blocks_of_group;
   d["groups"] = plan.groups;
-  d["resident_bytes"] = plan.kept;
+  d["resident_bytes"] = plan.resident;
+  d["streamed_bytes"] = plan.streamed;
   d["shared_memory_bytes"] = plan.memory;
   return d;
 }

@@ -36,6 +36,7 @@ struct BackwardCall {
   BackwardScratch<T> scratch[kMaxDirections];
   Exchange exchange;
   PackedSteps packed;
+  int64_t resident;  // bytes of R that a block of a persistent kernel keeps
 };
 
 // The steps of this visit and of the one before, of one direction.

@@ -24,6 +24,7 @@ struct ForwardCall {
   ForwardScratch<T> scratch[kMaxDirections];
   Exchange exchange;
   PackedSteps packed;
+  int64_t resident;  // bytes of R that a block of a persistent kernel keeps
 };
 
 // One step of it: the argument of the step-wise kernels.

@@ -42,34 +42,27 @@ Status with_projection(const Problem& p, Run&& run) {
   return run(std::false_type{});
 }
 
-// The persistent kernel of a pass, as run(product, rows) describes it.
-template <class T, class Describe>
-PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, Describe&& describe) {
+// A persistent kernel, from how much its operands have of a row.
+template <class Memory>
+PersistentKernel described(const void* kernel, int64_t H, int64_t operand) {
+  return {kernel, Memory::all(H), Memory::kept, Memory::work(true), Memory::work(false), operand};
+}
+
+template <class Cell, class T, bool forward>
+PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, int64_t H) {
   CudaPlan plan{};
   plan.tensor_cores = tensor_cores;
   plan.row_tiles = row_tiles;
-  return with_plan<T>(plan, describe);
-}
-
-template <class Cell, class T>
-PersistentKernel forward_kernel(bool tensor_cores, int row_tiles, int64_t H) {
-  return persistent_kernel<T>(tensor_cores, row_tiles, [&](auto product, auto rows) {
+  return with_plan<T>(plan, [&](auto product, auto rows) {
     using Product = decltype(product);
-    constexpr int F = Cell::phases, RN = decltype(rows)::value;
-    using Memory = ForwardMemory<Cell, Product, RN>;
-    return PersistentKernel{reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN>),
-                            Memory::kept(F, H), Memory::work(), F * H};
-  });
-}
-
-template <class Cell, class T>
-PersistentKernel backward_kernel(bool tensor_cores, int row_tiles, int64_t H) {
-  return persistent_kernel<T>(tensor_cores, row_tiles, [&](auto product, auto rows) {
-    using Product = decltype(product);
-    constexpr int F = Cell::phases, RN = decltype(rows)::value;
-    using Memory = BackwardMemory<Cell, Product, RN>;
-    return PersistentKernel{reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN>),
-                            Memory::kept(F, H), Memory::work(), Cell::gates * H};
+    constexpr int RN = decltype(rows)::value;
+    if constexpr (forward) {
+      return described<BlockMemory<ForwardShape<Cell>, Product, RN>>(
+          reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN>), H, Cell::phases * H);
+    } else {
+      return described<BlockMemory<BackwardShape<Cell>, Product, RN>>(
+          reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN>), H, Cell::gates * H);
+    }
   });
 }
 
@@ -143,8 +136,8 @@ constexpr CellDriver<T> cell_driver() {
   CellDriver<T> driver{};
   driver.projects = Cell::projects;
   driver.gates = Cell::gates;
-  driver.forward_kernel = forward_kernel<Cell, T>;
-  driver.backward_kernel = backward_kernel<Cell, T>;
+  driver.forward_kernel = persistent_kernel<Cell, T, true>;
+  driver.backward_kernel = persistent_kernel<Cell, T, false>;
   driver.forward_workspace = workspace_of<Cell, ForwardCall<T>, ForwardProblem<T>>;
   driver.backward_workspace =
       workspace_of<Cell, BackwardCall<T>, BackwardProblem<T, Accumulator<T>>>;

@@ -43,7 +43,8 @@ void queue_steps(Queue& queue, Call& s) {
 
 // The one launch of all steps.
 template <class Call>
-void queue_sequence(Queue& queue, void (*kernel)(Call), const CudaPlan& plan, const Call& s) {
+void queue_sequence(Queue& queue, void (*kernel)(Call), const CudaPlan& plan, Call& s) {
+  s.resident = plan.resident;
   const dim3 grid(static_cast<unsigned>(plan.blocks_of_group), static_cast<unsigned>(plan.groups),
                   static_cast<unsigned>(s.p.D));
   queue.launch(kernel, grid, {static_cast<int>(plan.memory), true}, s);

@@ -1,9 +1,10 @@
 // What the persistent kernels of both passes share: all steps of a pass in one launch.
 //
 // R stays on the chip for the whole sequence. The blocks of a *group* hold one whole R of one
-// direction between them, each that of kUnits units with all their gates, in shared memory. A
-// group computes the batch rows of every `groups`-th tile of 8·RN; what it does not compute, it
-// never looks at, so groups do not wait for each other.
+// direction between them, each that of kUnits units with all their gates, in shared memory; what
+// does not fit there they read again in every step. A group computes the batch rows of every
+// `groups`-th tile of 8·RN; what it does not compute, it never looks at, so groups do not wait for
+// each other.
 //
 //   grid (blocks of a group, groups, directions)      all of it on the device at once
 //
@@ -22,6 +23,55 @@
 namespace rnnkern {
 
 constexpr int kSequenceBlocks = 2;  // on a multiprocessor at least: leaves 255 registers a thread
+
+// The shared memory of a block: the work of the product that needs most, then as much of the
+// weights as is to be resident, those of phase 0 first. Shape says for each phase how many gates
+// the product makes of a unit, and of how many elements a row of its operand is.
+template <class Shape, class Product, int RN>
+struct BlockMemory {
+  using T = typename Product::Data;
+  static constexpr int last = Shape::phases - 1;
+
+  RNNKERN_HD static constexpr int work(bool all_kept) {
+    const int a = Product::template work<Shape::template gates<0>, RN>(all_kept);
+    const int b = Product::template work<Shape::template gates<last>, RN>(all_kept);
+    return a > b ? a : b;
+  }
+  RNNKERN_HD static int64_t all(int64_t H) {
+    return whole<0>(H) + (last == 1 ? whole<last>(H) : 0);
+  }
+  // Bytes that are kept where there is room for so many.
+  RNNKERN_HD static int64_t kept(int64_t H, int64_t room) {
+    const int64_t first = part<0>(H, room);
+    return first + (last == 1 ? part<last>(H, room - first) : 0);
+  }
+  // The weights of a phase, of which their part of `resident` bytes in all goes into shared memory.
+  template <int phase>
+  __device__ static Kept<T> keep(const T* weights, int64_t H, int64_t resident, int64_t u0) {
+    constexpr int NG = Shape::template gates<phase>;
+    const int64_t before = phase == 0 ? 0 : part<0>(H, resident);
+    const int64_t depth = part<phase>(H, resident - before) / piece<phase> * Product::kDepth;
+    unsigned char* data = block_memory() + work(resident >= all(H)) + before;
+    const Kept<T> kept{{weights, H, Shape::template operand<phase>(H)}, depth, data};
+    Product::template keep<NG>(kept, u0);
+    return kept;
+  }
+
+ private:
+  template <int phase>
+  static constexpr int piece = Product::template piece<Shape::template gates<phase>>();
+
+  template <int phase>
+  RNNKERN_HD static int64_t whole(int64_t H) {
+    const int64_t K = Shape::template operand<phase>(H);
+    return (K + Product::kDepth - 1) / Product::kDepth * piece<phase>;
+  }
+  template <int phase>
+  RNNKERN_HD static int64_t part(int64_t H, int64_t room) {
+    const int64_t pieces = room / piece<phase> * piece<phase>;
+    return pieces < whole<phase>(H) ? pieces : whole<phase>(H);
+  }
+};
 
 // What a block computes, and with whom.
 struct Part {

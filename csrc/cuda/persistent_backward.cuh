@@ -12,26 +12,14 @@
 
 namespace rnnkern {
 
-// The shared memory of a block: the product's work, then the transposed R, by phases.
-template <class Cell, class Product, int RN>
-struct BackwardMemory {
-  static constexpr int last = Cell::phases - 1;
-
-  RNNKERN_HD static constexpr int work() { return Product::template work<1, RN>(); }
-  // Bytes of R before those of a phase; before phase `phases`, all.
-  RNNKERN_HD static int64_t kept(int phase, int64_t H) {
-    const int64_t first = Product::template kept_bytes<1>(phase_gates<Cell, 0> * H);
-    const int64_t second = Product::template kept_bytes<1>(phase_gates<Cell, last> * H);
-    return (phase > 0 ? first : 0) + (phase > 1 ? second : 0);
-  }
+template <class Cell>
+struct BackwardShape {
+  static constexpr int phases = Cell::phases;
   template <int phase>
-  __device__ static Kept weights(int64_t H) {
-    return {block_memory() + work() + kept(phase, H), phase_gates<Cell, phase> * H};
-  }
-  template <int phase, class T>
-  __device__ static void keep(const T* R, int64_t H, int64_t u0) {
-    const Kept to = weights<phase>(H);
-    Product::template keep<1>(Weights<T>{R, H, to.K}, u0, to.data);
+  static constexpr int gates = 1;
+  template <int phase>
+  RNNKERN_HD static constexpr int64_t operand(int64_t H) {
+    return phase_gates<Cell, phase> * H;
   }
 };
 
@@ -117,13 +105,13 @@ struct OwnedGradients {
 // The product with the dr that visit i - 1 left, and the last phase of visit i.
 template <class Cell, class Product, int RN>
 __device__ __forceinline__ void exchange_states(
-    const BackwardCall<typename Product::Data>& s, const Part& part, int64_t i, const Visit& visit,
+    const BackwardCall<typename Product::Data>& s, const Part& part,
+    const Kept<typename Product::Data>& R, int64_t i, const Visit& visit,
     OwnedGradients<Cell, typename Product::Data, RN>& own) {
   using T = typename Product::Data;
   constexpr int last = Cell::phases - 1;
   const BackwardScratch<T>& scratch = s.scratch[part.first.d];
   const int slot = static_cast<int>(i % 2);
-  const Kept R = BackwardMemory<Cell, Product, RN>::template weights<0>(s.p.H);
   const Operand<T> dr{scratch.dr[slot], visit.before.rows};
   const auto compute = [&](const Tile& tile) {
     Accumulator<T> dh[1][RN] = {};
@@ -140,12 +128,12 @@ __device__ __forceinline__ void exchange_states(
 // The product with the dr of the second phase, and phase 0 of visit i.
 template <class Cell, class Product, int RN>
 __device__ __forceinline__ void exchange_operand(
-    const BackwardCall<typename Product::Data>& s, const Part& part, int64_t i, const Visit& visit,
+    const BackwardCall<typename Product::Data>& s, const Part& part,
+    const Kept<typename Product::Data>& R, int64_t i, const Visit& visit,
     OwnedGradients<Cell, typename Product::Data, RN>& own) {
   using T = typename Product::Data;
   const BackwardScratch<T>& scratch = s.scratch[part.first.d];
   const int slot = static_cast<int>(i % 2);
-  const Kept R = BackwardMemory<Cell, Product, RN>::template weights<1>(s.p.H);
   const auto ahead = [&](const Tile& tile) {
     if (part.shares) own.template fetch_kept<0>(s.p, tile, visit);
   };
@@ -162,18 +150,22 @@ template <class Cell, class Product, int RN>
 __global__ void __launch_bounds__(kThreads, kSequenceBlocks)
     backward_sequence(const BackwardCall<typename Product::Data> s) {
   using T = typename Product::Data;
-  using Memory = BackwardMemory<Cell, Product, RN>;
+  using Memory = BlockMemory<BackwardShape<Cell>, Product, RN>;
   const Sequence& seq = s.p.seq;
   const Part part = Part::of_block<RN>(seq, s.exchange);
   const BackwardScratch<T>& scratch = s.scratch[part.first.d];
   const bool reverse = s.p.dir[part.first.d].reverse;
-  Memory::template keep<0>(scratch.first, s.p.H, part.first.u0);
-  if constexpr (Cell::phases == 2) Memory::template keep<1>(scratch.second, s.p.H, part.first.u0);
+  const int64_t u0 = part.first.u0;
+  const Kept<T> R = Memory::template keep<0>(scratch.first, s.p.H, s.resident, u0);
+  Kept<T> second{};
+  if constexpr (Cell::phases == 2)
+    second = Memory::template keep<1>(scratch.second, s.p.H, s.resident, u0);
   OwnedGradients<Cell, T, RN> own{};
   Visit visit{step_at(seq, reverse ? 0 : seq.T - 1), {-1, 0, 0}};
   for (int64_t i = 0; i <= seq.T; ++i) {
-    exchange_states<Cell, Product, RN>(s, part, i, visit, own);
-    if constexpr (Cell::phases == 2) exchange_operand<Cell, Product, RN>(s, part, i, visit, own);
+    exchange_states<Cell, Product, RN>(s, part, R, i, visit, own);
+    if constexpr (Cell::phases == 2)
+      exchange_operand<Cell, Product, RN>(s, part, second, i, visit, own);
     visit = {step_at(seq, visit.now.t + (reverse ? 1 : -1)), visit.now};
   }
 }

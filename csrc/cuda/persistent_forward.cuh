@@ -10,31 +10,14 @@
 
 namespace rnnkern {
 
-// The shared memory of a block: the work of the product that needs most, then R, by phases.
-template <class Cell, class Product, int RN>
-struct ForwardMemory {
-  static constexpr int last = Cell::phases - 1;
-
-  RNNKERN_HD static constexpr int work() {
-    constexpr int a = Product::template work<phase_gates<Cell, 0>, RN>();
-    constexpr int b = Product::template work<phase_gates<Cell, last>, RN>();
-    return a > b ? a : b;
-  }
-  // Bytes of R before those of a phase; before phase `phases`, all.
-  RNNKERN_HD static int64_t kept(int phase, int64_t H) {
-    const int64_t first = Product::template kept_bytes<phase_gates<Cell, 0>>(H);
-    const int64_t second = Product::template kept_bytes<phase_gates<Cell, last>>(H);
-    return (phase > 0 ? first : 0) + (phase > 1 ? second : 0);
-  }
+template <class Cell>
+struct ForwardShape {
+  static constexpr int phases = Cell::phases;
   template <int phase>
-  __device__ static Kept weights(int64_t H) {
-    return {block_memory() + work() + kept(phase, H), H};
-  }
-  template <int phase, class T>
-  __device__ static void keep(const T* R, int64_t H, int64_t u0) {
-    constexpr int g0 = Cell::first[phase];
-    Product::template keep<phase_gates<Cell, phase>>(Weights<T>{R + g0 * H * H, H, H}, u0,
-                                                     weights<phase>(H).data);
+  static constexpr int gates = phase_gates<Cell, phase>;
+  template <int phase>
+  RNNKERN_HD static constexpr int64_t operand(int64_t H) {
+    return H;
   }
 };
 
@@ -123,14 +106,14 @@ struct Owned {
 // Phase `phase` of step i of a sequence.
 template <class Cell, class Product, int RN, int phase>
 __device__ __forceinline__ void forward_exchange(const ForwardCall<typename Product::Data>& s,
-                                                 const Part& part, int64_t i, const Step& now,
-                                                 const Step& next,
+                                                 const Part& part,
+                                                 const Kept<typename Product::Data>& R, int64_t i,
+                                                 const Step& now, const Step& next,
                                                  Owned<Cell, typename Product::Data, RN>& own) {
   using T = typename Product::Data;
   const ForwardProblem<T>& p = s.p;
   const ForwardScratch<T>& scratch = s.scratch[part.first.d];
   const int slot = static_cast<int>(i % 2);
-  const Kept R = ForwardMemory<Cell, Product, RN>::template weights<phase>(p.H);
   const Operand<T> operand{phase == 0 ? scratch.h[slot] : scratch.operand, now.rows};
   const auto compute = [&](const Tile& tile) {
     if (part.shares) own.fetch_states(s, tile, slot);
@@ -148,17 +131,18 @@ template <class Cell, class Product, int RN>
 __global__ void __launch_bounds__(kThreads, kSequenceBlocks)
     forward_sequence(const ForwardCall<typename Product::Data> s) {
   using T = typename Product::Data;
-  using Memory = ForwardMemory<Cell, Product, RN>;
-  constexpr int last = Cell::phases - 1;
+  using Memory = BlockMemory<ForwardShape<Cell>, Product, RN>;
+  constexpr int last = Cell::phases - 1, g0 = Cell::first[last];
   const ForwardProblem<T>& p = s.p;
   const Part part = Part::of_block<RN>(p.seq, s.exchange);
   const Tile& first = part.first;
   const ForwardDirection<T>& io = p.dir[first.d];
   Owned<Cell, T, RN> own;
-  Memory::template keep<0>(io.R, p.H, first.u0);
+  const Kept<T> R = Memory::template keep<0>(io.R, p.H, s.resident, first.u0);
   own.bias[0] = fetch_bias<Cell, 0>(p, first.d, first.unit());
+  Kept<T> second{};
   if constexpr (last == 1) {
-    Memory::template keep<last>(io.R, p.H, first.u0);
+    second = Memory::template keep<last>(io.R + g0 * p.H * p.H, p.H, s.resident, first.u0);
     own.bias[last] = fetch_bias<Cell, last>(p, first.d, first.unit());
   }
   if (!part.shares) own.fetch_states(s, first, 0);
@@ -167,8 +151,9 @@ __global__ void __launch_bounds__(kThreads, kSequenceBlocks)
   for (int64_t i = 0; i < p.seq.T; ++i) {
     const Step now = next;
     next = step_at(p.seq, now.t + way);
-    forward_exchange<Cell, Product, RN, 0>(s, part, i, now, next, own);
-    if constexpr (last == 1) forward_exchange<Cell, Product, RN, last>(s, part, i, now, next, own);
+    forward_exchange<Cell, Product, RN, 0>(s, part, R, i, now, next, own);
+    if constexpr (last == 1)
+      forward_exchange<Cell, Product, RN, last>(s, part, second, i, now, next, own);
   }
 }
 

@@ -1,18 +1,20 @@
 // The plan: tensor cores or not, and one launch a step or one for all.
 //
-// The persistent kernel fits where the groups of all directions are on the device at once: blocks
-// of one unit tile each, with their rows of R and the product's work in shared memory. Of the grids
-// that fit, the one with the least modelled time of a step is taken, and of equals the one with
-// fewer blocks. In clocks of a multiprocessor,
+// A persistent kernel fits where the groups of all directions are on the device at once: blocks of
+// one unit tile each, with their rows of R and the products' work in shared memory. For one block
+// on a multiprocessor and for two, R is resident as far as there is room, and the rest is streamed.
+// Of the grids that fit, the one with the least modelled time of a step is taken, and of equals the
+// one with fewer blocks. In clocks of a multiprocessor,
 //
 //   step = passes · blocks on the busiest multiprocessor · pass
-//   pass = bytes of R / 128 + bytes of the operand / 64               on tensor cores
-//        = 4 · (G·H + row tiles · K) · (size of the type summed in / 4)   otherwise
+//   pass = streamed / 64 + resident / 128 + bytes of the operand / 64     on tensor cores
+//        = streamed / 64 + 4 · (G·H + row tiles · K) · (size of the type summed in / 4)   otherwise
 //
 // where a pass is one tile of 8·row tiles rows, of which a group has `passes`, and K the operand's
-// elements of a row: H for each phase in forward, G·H in backward. R comes from shared memory, the
-// operand by way of L2; exact products are bound by what a warp loads for its multiply-adds. The
-// time of the exchange is the same for all and left out. No GPU has confirmed any of it.
+// elements of a row: H for each phase in forward, G·H in backward. What is resident comes from
+// shared memory, what is streamed and the operand by way of L2; exact products are bound by what a
+// warp loads for its multiply-adds. The time of the exchange is the same for all and left out. No
+// GPU has confirmed any of it.
 #include <atomic>
 
 #include "cuda/persistent.cuh"
@@ -65,7 +67,9 @@ int64_t size_of(CudaType type) {
 int64_t tiles(int64_t all, int64_t each) { return (all + each - 1) / each; }
 
 struct Device {
-  int cooperates = 0, multiprocessors = 0, block_memory = 0;
+  int cooperates = 0, multiprocessors = 0;
+  int block_memory = 0, multiprocessor_memory = 0;  // shared
+  int reserved_memory = 0;                          // of a block's share, by the system
 };
 
 // What the persistent kernels need to know; no cooperation if the device does not answer.
@@ -76,6 +80,8 @@ Device ask(int device) {
   };
   if (!answers(&d.multiprocessors, cudaDevAttrMultiProcessorCount) ||
       !answers(&d.block_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
+      !answers(&d.multiprocessor_memory, cudaDevAttrMaxSharedMemoryPerMultiprocessor) ||
+      !answers(&d.reserved_memory, cudaDevAttrReservedSharedMemoryPerBlock) ||
       !answers(&d.cooperates, cudaDevAttrCooperativeLaunch)) {
     cudaGetLastError();
     return {};
@@ -98,32 +104,57 @@ int64_t held(const Device& device, const void* kernel, int64_t memory) {
   return blocks;
 }
 
-double clocks_of_pass(const CudaSizes& s, bool tensor_cores, int row_tiles,
-                      const PersistentKernel& found) {
-  const auto K = static_cast<double>(found.operand);
-  if (tensor_cores)
-    return double(found.kept) / 128 + 8.0 * row_tiles * K * double(size_of(s.type)) / 64;
+// Shared memory of a block where so many are on a multiprocessor.
+int64_t room_of(const Device& device, int blocks) {
+  const int64_t room = device.multiprocessor_memory / blocks - device.reserved_memory;
+  return room < device.block_memory ? room : device.block_memory;
+}
+
+double clocks_of_pass(const CudaSizes& s, const CudaPlan& plan, int64_t operand) {
+  const auto K = static_cast<double>(operand);
+  const double streamed = double(plan.streamed) / 64;
+  if (plan.tensor_cores) {
+    const double rows = 8.0 * plan.row_tiles;
+    return streamed + double(plan.resident) / 128 + rows * K * double(size_of(s.type)) / 64;
+  }
   const double words = s.type == CudaType::float64 ? 2 : 1;
-  return 4.0 * (double(s.gates * s.H) + row_tiles * K) * words;
+  return streamed + 4.0 * (double(s.gates * s.H) + plan.row_tiles * K) * words;
+}
+
+// Completes `tried`, whose rows a tile and bytes of R are set, by the best number of groups, and
+// takes it for the plan if it takes less time.
+void take_better(const Device& device, const CudaSizes& s, const PersistentKernel& found,
+                 CudaPlan tried, double& least, CudaPlan& plan) {
+  const int64_t all = held(device, found.kernel, tried.memory) * device.multiprocessors;
+  const int64_t row_blocks = tiles(s.B, 8 * tried.row_tiles);
+  const int64_t blocks = s.D * tried.blocks_of_group;
+  const double pass = clocks_of_pass(s, tried, found.operand);
+  for (tried.groups = 1; tried.groups <= row_blocks && tried.groups <= all / blocks;
+       ++tried.groups) {
+    const int64_t crowd = tiles(blocks * tried.groups, device.multiprocessors);
+    const double time = double(tiles(row_blocks, tried.groups) * crowd) * pass;
+    if (plan.blocks_of_group > 0 && time >= least) continue;
+    least = time;
+    plan = tried;
+  }
 }
 
 // Completes a plan by the best grid of the persistent kernel; leaves it as it is if none fits.
 void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
-  const int64_t blocks = tiles(s.H, kUnits);
   double least = 0;
-  const CudaPlan stepwise = plan;
+  CudaPlan tried = plan;
+  tried.blocks_of_group = tiles(s.H, kUnits);
   for (const int row_tiles : {1, 4}) {
-    const PersistentKernel found = s.persistent(stepwise.tensor_cores, row_tiles, s.H);
-    const int64_t memory = found.kept + found.work;
-    const int64_t all = held(device, found.kernel, memory) * device.multiprocessors;
-    const int64_t row_blocks = tiles(s.B, 8 * row_tiles);
-    const double pass = clocks_of_pass(s, stepwise.tensor_cores, row_tiles, found);
-    for (int64_t groups = 1; groups <= row_blocks && groups <= all / (s.D * blocks); ++groups) {
-      const int64_t crowd = tiles(s.D * blocks * groups, device.multiprocessors);
-      const double time = double(tiles(row_blocks, groups) * crowd) * pass;
-      if (plan.blocks_of_group > 0 && time >= least) continue;
-      least = time;
-      plan = {stepwise.tensor_cores, row_tiles, blocks, groups, found.kept, memory};
+    const PersistentKernel found = s.persistent(plan.tensor_cores, row_tiles, s.H);
+    tried.row_tiles = row_tiles;
+    for (const int blocks : {1, 2}) {
+      const int64_t room = room_of(device, blocks);
+      const bool all = found.all + found.work <= room;
+      if (!all && found.streaming_work > room) continue;
+      tried.resident = all ? found.all : found.kept(s.H, room - found.streaming_work);
+      tried.streamed = found.all - tried.resident;
+      tried.memory = tried.resident + (all ? found.work : found.streaming_work);
+      take_better(device, s, found, tried, least, plan);
     }
   }
 }

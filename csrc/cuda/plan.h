@@ -18,9 +18,10 @@ enum class CudaType { float64, float32, float16, bfloat16 };
 // The persistent kernel of one cell, pass, product and number of row tiles; see persistent.cuh.
 struct PersistentKernel {
   const void* kernel;
-  int64_t kept;     // bytes of shared memory that hold a block's rows of R
-  int64_t work;     // bytes that its products take besides
-  int64_t operand;  // elements that its products read of each row
+  int64_t all;                               // bytes of a block's rows of R in shared memory
+  int64_t (*kept)(int64_t H, int64_t room);  // of these, what fits in so many
+  int64_t work, streaming_work;  // bytes that its products take besides, if all is kept or not
+  int64_t operand;               // elements that its products read of each row
 };
 using FindPersistent = PersistentKernel (*)(bool tensor_cores, int row_tiles, int64_t H);
 
@@ -37,9 +38,10 @@ struct CudaPlan {
   int row_tiles;  // of 8 rows, a block at a time
   // The persistent kernel's; blocks_of_group 0: a launch for each step.
   int64_t blocks_of_group;
-  int64_t groups;  // of each direction
-  int64_t kept;    // bytes of R in a block's shared memory
-  int64_t memory;  // bytes of a block's shared memory
+  int64_t groups;    // of each direction
+  int64_t resident;  // bytes of R in a block's shared memory
+  int64_t streamed;  // bytes that the rest would take, which it reads in every step
+  int64_t memory;    // bytes of a block's shared memory
 };
 
 // The only function that decides.

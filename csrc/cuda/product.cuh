@@ -7,7 +7,7 @@
 // gate math takes them; neighbouring threads have neighbouring units, so memory is touched in
 // pieces of kUnits elements. The order of a sum depends on neither RN nor the grid, nor on where w
 // is: in global memory, or, for a block that multiplies by the same rows again and again, kept in
-// its shared memory (`keep`, then `run` with a Kept).
+// its shared memory (`keep`, then `run` with a Kept), all of it or the first of k.
 #pragma once
 
 #include "cuda/value.cuh"
@@ -32,10 +32,13 @@ struct Operand {
   int64_t rows;   // of which there are; beyond, the product is zero
 };
 
-// The weights of one block, in an order of the product's own.
+// The weights of one block: the first of k in shared memory, in an order of the product's own, and
+// the others, if there are, where all are.
+template <class T>
 struct Kept {
-  unsigned char* data;  // in shared memory, aligned to 16 bytes
-  int64_t K;
+  Weights<T> all;
+  int64_t depth;        // of k that are in shared memory; a multiple of the product's kDepth
+  unsigned char* data;  // aligned to 16 bytes
 };
 
 // ---- exact: fused multiply-adds in the accumulation type, tiles in shared memory ------------
@@ -46,8 +49,8 @@ struct ExactProduct {
   static constexpr int kDepth = 32;  // k at a time
 
   template <int NG, int RN>
-  static constexpr int memory() {
-    return kDepth * pitch(NG * kUnits) * static_cast<int>(sizeof(A)) + work<NG, RN>();
+  RNNKERN_HD static constexpr int memory() {
+    return work<NG, RN>(false);
   }
 
   template <int NG, int RN>
@@ -62,27 +65,33 @@ struct ExactProduct {
     multiply(w.K, weights, a, j0, tile_a, r);
   }
 
-  // ---- weights that are kept: [K, rounded up to kDepth][pitch(NG·kUnits)]
+  // ---- weights that are kept: [depth][pitch(NG·kUnits)]
   template <int NG>
-  RNNKERN_HD static int64_t kept_bytes(int64_t K) {
-    return (K + kDepth - 1) / kDepth * kDepth * pitch(NG * kUnits) * int64_t(sizeof(A));
+  RNNKERN_HD static constexpr int piece() {  // bytes of kDepth of k
+    return kDepth * pitch(NG * kUnits) * static_cast<int>(sizeof(A));
   }
   template <int NG, int RN>
-  RNNKERN_HD static constexpr int work() {  // bytes that run takes besides
-    return kDepth * pitch(8 * RN) * static_cast<int>(sizeof(A));
+  RNNKERN_HD static constexpr int work(bool all_kept) {  // bytes that run takes besides
+    return kDepth * pitch(8 * RN) * static_cast<int>(sizeof(A)) + (all_kept ? 0 : piece<NG>());
   }
   template <int NG>
-  __device__ static void keep(const Weights<T>& w, int64_t u0, unsigned char* data) {
+  __device__ static void keep(const Kept<T>& w, int64_t u0) {
     constexpr int M = NG * kUnits;
-    for (int64_t k0 = 0; k0 < w.K; k0 += kDepth)
-      copy<M>(w, u0, k0, reinterpret_cast<A*>(data) + k0 * pitch(M));
+    for (int64_t k0 = 0; k0 < w.depth; k0 += kDepth)
+      copy<M>(w.all, u0, k0, reinterpret_cast<A*>(w.data) + k0 * pitch(M));
   }
   template <int NG, int RN>
-  __device__ static void run(const Kept& w, const Operand<T>& a, int64_t, int64_t j0,
+  __device__ static void run(const Kept<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
                              A (&r)[NG][RN]) {
-    const A* kept = reinterpret_cast<const A*>(w.data);
-    const auto weights = [&](int64_t k0) { return kept + k0 * pitch(NG * kUnits); };
-    multiply(w.K, weights, a, j0, reinterpret_cast<A*>(block_memory()), r);
+    constexpr int M = NG * kUnits;
+    A* tile_a = reinterpret_cast<A*>(block_memory());
+    A* tile_w = tile_a + kDepth * pitch(8 * RN);  // there unless all is kept
+    const auto weights = [&](int64_t k0) {
+      if (k0 < w.depth) return reinterpret_cast<const A*>(w.data) + k0 * pitch(M);
+      copy<M>(w.all, u0, k0, tile_w);
+      return static_cast<const A*>(tile_w);
+    };
+    multiply(w.all.K, weights, a, j0, tile_a, r);
   }
 
  private:
@@ -159,47 +168,48 @@ struct TensorProduct {
   template <int NG, int RN>
   __device__ static void run(const Weights<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
                              float (&r)[NG][RN]) {
-    const bool whole = aligned(w.data, w.K);
-    const auto weights = [&](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
-      fetch(w, u0, g, k0, whole, low, high);
-    };
-    multiply(w.K, weights, a, j0, r);
+    float c[NG][RN][4] = {};
+    multiply(0, w.K, there(w, u0), a, w.K, j0, c);
+    add_up(c, r);
   }
 
-  // ---- weights that are kept: [K / kDepth, rounded up][NG][low, high][lane] of 16 bytes, which
-  // a lane reads as the words that mma wants
+  // ---- weights that are kept: [depth / kDepth][NG][low, high][lane] of 16 bytes, which a lane
+  // reads as the words that mma wants
   template <int NG>
-  RNNKERN_HD static int64_t kept_bytes(int64_t K) {
-    return (K + kDepth - 1) / kDepth * NG * 2 * 32 * int64_t(sizeof(uint4));
+  RNNKERN_HD static constexpr int piece() {
+    return NG * 2 * 32 * static_cast<int>(sizeof(uint4));
   }
   template <int NG, int RN>
-  RNNKERN_HD static constexpr int work() {
+  RNNKERN_HD static constexpr int work(bool) {
     return memory<NG, RN>();
   }
   template <int NG>
-  __device__ static void keep(const Weights<T>& w, int64_t u0, unsigned char* data) {
-    const bool whole = aligned(w.data, w.K);
-    for (int64_t k0 = threadIdx.x / 32 * kDepth; k0 < w.K; k0 += kWarps * kDepth) {
+  __device__ static void keep(const Kept<T>& w, int64_t u0) {
+    const auto weights = there(w.all, u0);
+    for (int64_t k0 = threadIdx.x / 32 * kDepth; k0 < w.depth; k0 += kWarps * kDepth) {
 #pragma unroll
       for (int g = 0; g < NG; ++g) {
         uint32_t low[kWords], high[kWords];
-        fetch(w, u0, g, k0, whole, low, high);
-        uint4* to = place<NG>(data, g, k0);
+        weights(g, k0, low, high);
+        uint4* to = place<NG>(w.data, g, k0);
         memcpy(to, low, sizeof low);
         memcpy(to + 32, high, sizeof high);
       }
     }
   }
   template <int NG, int RN>
-  __device__ static void run(const Kept& w, const Operand<T>& a, int64_t, int64_t j0,
+  __device__ static void run(const Kept<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
                              float (&r)[NG][RN]) {
-    const auto weights = [&](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
+    const auto kept = [&](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
       const uint4* from = place<NG>(w.data, g, k0);
       const uint4 one = from[0], other = from[32];
       memcpy(low, &one, sizeof low);
       memcpy(high, &other, sizeof high);
     };
-    multiply(w.K, weights, a, j0, r);
+    float c[NG][RN][4] = {};
+    multiply(0, w.depth, kept, a, w.all.K, j0, c);
+    multiply(w.depth, w.all.K, there(w.all, u0), a, w.all.K, j0, c);
+    add_up(c, r);
   }
 
  private:
@@ -216,33 +226,29 @@ struct TensorProduct {
     return K % kElements == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
   }
 
-  // This lane's words of gate g, k = k0 .. k0 + kDepth - 1: of its row, and of the one 8 below.
-  __device__ __forceinline__ static void fetch(const Weights<T>& w, int64_t u0, int g, int64_t k0,
-                                               bool whole, uint32_t (&low)[kWords],
-                                               uint32_t (&high)[kWords]) {
-    const int64_t u = u0 + threadIdx.x % 32 / 4, k = k0 + threadIdx.x % 4 * kElements;
-    const T* data = w.data + g * w.N * w.K;
-    load(data, u, w.N, k, w.K, whole, low);
-    load(data, u + 8, w.N, k, w.K, whole, high);
+  // The weights in global memory, as `multiply` wants them.
+  __device__ __forceinline__ static auto there(const Weights<T>& w, int64_t u0) {
+    const bool whole = aligned(w.data, w.K);
+    return [=](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
+      const int64_t u = u0 + threadIdx.x % 32 / 4, k = k0 + threadIdx.x % 4 * kElements;
+      const T* data = w.data + g * w.N * w.K;
+      load(data, u, w.N, k, w.K, whole, low);
+      load(data, u + 8, w.N, k, w.K, whole, high);
+    };
   }
 
-  // weights(g, k0, low, high) are this lane's words of w.
+  // Adds the product over k in [begin, end) to c; begin is a multiple of kDepth. The words of w
+  // that this lane needs, of gate g and kDepth elements from k0 on, of its row and of the one 8
+  // below, are weights(g, k0, low, high).
   template <int NG, int RN, class WordsAt>
-  __device__ __forceinline__ static void multiply(int64_t K, WordsAt weights, const Operand<T>& a,
-                                                  int64_t j0, float (&r)[NG][RN]) {
+  __device__ __forceinline__ static void multiply(int64_t begin, int64_t end, WordsAt weights,
+                                                  const Operand<T>& a, int64_t K, int64_t j0,
+                                                  float (&c)[NG][RN][4]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int q = lane % 4, row = lane / 4;
-    float c[NG][RN][4];
-#pragma unroll
-    for (int g = 0; g < NG; ++g) {
-#pragma unroll
-      for (int n = 0; n < RN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[g][n][i] = 0.0f;
-      }
-    }
+    const int64_t turn = (warp - begin / kDepth) & (kWarps - 1);  // the warp takes every fourth
     const bool whole = aligned(a.data, K);
-    for (int64_t k0 = warp * kDepth; k0 < K; k0 += kWarps * kDepth) {
+    for (int64_t k0 = begin + turn * kDepth; k0 < end; k0 += kWarps * kDepth) {
       const int64_t k = k0 + q * kElements;
       uint32_t rows[RN][kWords];
 #pragma unroll
@@ -259,7 +265,6 @@ struct TensorProduct {
         }
       }
     }
-    add_up(c, r);
   }
 
   // The sums of the four warps' fragments, in order.

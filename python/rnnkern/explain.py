@@ -39,7 +39,7 @@ class Explanation:
         On a CPU how the team shares each pass: groups over directions, batch rows and hidden units.
         On a GPU, of each pass, its kind ("stepwise": a launch for each step, or "persistent": one
         for all), whether tensor cores multiply, the batch rows of a block, and of a persistent
-        kernel the groups, the blocks of each, and the bytes of R that a block keeps.
+        kernel the groups, the blocks of each, and the bytes of R that a block keeps and streams.
     """
 
     cell: str
@@ -89,6 +89,8 @@ def _launches(plan: dict[str, Any]) -> str:
             f" at a time; {plan['groups']} group(s) a direction of {plan['blocks_of_a_group']}"
             f" block(s), {plan['resident_bytes']} bytes of weights in each"
         )
+        if plan["streamed_bytes"]:
+            words += f", {plan['streamed_bytes']} streamed at every step"
     return words
 
 

@@ -72,12 +72,18 @@ class Host:
         self.library.cuda_host_drop_wait(ctypes.c_long(index))
 
     def device_size(
-        self, multiprocessors: int = 4, threads: int = 1024, claimed: int | None = None
+        self,
+        multiprocessors: int = 4,
+        threads: int = 1024,
+        claimed: int | None = None,
+        memory: int | None = None,
     ) -> None:
         """Let every device have so many multiprocessors of so many threads each.
 
-        It claims to have `claimed` of them, as in a context that has not all of the device.
+        It claims to have `claimed` of them, as in a context that has not all of the device. A
+        multiprocessor has `memory` bytes for a block, or as many as the device has.
         """
+        self.library.cuda_host_block_memory(ctypes.c_size_t(-1 if memory is None else memory))
         self.library.cuda_host_multiprocessors(multiprocessors, claimed or multiprocessors)
         self.library.cuda_host_threads_of_multiprocessor(threads)
 
@@ -90,6 +96,21 @@ def plan_of(host: Host, case: Case, dtype: torch.dtype, device: int = 0) -> cuda
     """Return how forward and backward of a case run, as ``rnnkern.explain`` tells it."""
     backend, like = cuda.Cuda(host.native, device), torch.empty(0, dtype=dtype)
     return backend.plan(get_cell(case.cell), like, dtype, case.T, case.B, case.H, case.D, case.P)
+
+
+@contextmanager
+def planned(name: str) -> Iterator[None]:
+    """Pin the plan of all calls inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RNNKERN_CUDA_PLAN", name)
+        yield
+
+
+@pytest.fixture
+def persistently() -> Iterator[None]:
+    """Ask for the persistent kernels."""
+    with planned("persistent"):
+        yield
 
 
 FLAGS = os.environ.get("RNNKERN_HOST_FLAGS", "").split()

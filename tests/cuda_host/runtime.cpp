@@ -28,14 +28,23 @@ constexpr Device kDevice[kDevices] = {{90, 227 * kKiB, 228 * kKiB, kKiB, true},
                                       {90, 227 * kKiB, 228 * kKiB, kKiB, false}};
 
 int multiprocessors = 4, threads_of_multiprocessor = 1024;
-int claimed_multiprocessors = 4;  // what a device says of itself
-std::atomic<long> launches[2];    // cooperative or not
+int claimed_multiprocessors = 4;    // what a device says of itself
+size_t memory_of_block = SIZE_MAX;  // less than a device has, if a test wants it so
+std::atomic<long> launches[2];      // cooperative or not
 thread_local int current_device = 0;
 thread_local std::string failure;
 
 // Of each device and kernel, what cudaFuncSetAttribute allowed.
 std::mutex allowed_guard;
 std::map<std::pair<int, const void*>, size_t> allowed;
+
+size_t block_memory_of(const Device& device) {
+  return device.block_memory < memory_of_block ? device.block_memory : memory_of_block;
+}
+size_t multiprocessor_memory_of(const Device& device) {
+  const size_t of_one = block_memory_of(device) + device.reserved_memory;
+  return of_one < device.multiprocessor_memory ? of_one : device.multiprocessor_memory;
+}
 
 size_t allowed_memory(const void* kernel) {
   const std::lock_guard<std::mutex> hold(allowed_guard);
@@ -57,7 +66,7 @@ cudaError_t attributes(cudaFuncAttributes* out) {
 }
 
 cudaError_t allow_memory(const void* kernel, cudaFuncAttribute, int bytes) {
-  const size_t most = kDevice[current_device].block_memory;
+  const size_t most = block_memory_of(kDevice[current_device]);
   if (bytes < 0 || static_cast<size_t>(bytes) > most) return cudaErrorInvalidValue;
   const std::lock_guard<std::mutex> hold(allowed_guard);
   allowed[{current_device, kernel}] = static_cast<size_t>(bytes);
@@ -68,7 +77,7 @@ cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memor
   if (threads < 1) return cudaErrorInvalidValue;
   const Device& device = kDevice[current_device];
   const size_t each = memory + device.reserved_memory;
-  const size_t by_memory = each ? device.multiprocessor_memory / each : SIZE_MAX;
+  const size_t by_memory = each ? multiprocessor_memory_of(device) / each : SIZE_MAX;
   const size_t by_threads = threads_of_multiprocessor / ((threads + 31) / 32 * 32);
   const bool fits = threads <= kThreadsOfBlock && memory <= allowed_memory(kernel);
   *blocks = fits ? static_cast<int>(by_memory < by_threads ? by_memory : by_threads) : 0;
@@ -121,9 +130,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       return answer(cuda_host::threads_of_multiprocessor);
     case cudaDevAttrComputeCapabilityMajor: return answer(d.architecture / 10);
     case cudaDevAttrComputeCapabilityMinor: return answer(d.architecture % 10);
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: return answer(d.multiprocessor_memory);
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return answer(cuda_host::multiprocessor_memory_of(d));
     case cudaDevAttrCooperativeLaunch: return answer(d.cooperates);
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return answer(d.block_memory);
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return answer(cuda_host::block_memory_of(d));
+    case cudaDevAttrReservedSharedMemoryPerBlock: return answer(d.reserved_memory);
   }
   return cudaErrorInvalidValue;
 }
@@ -157,6 +168,9 @@ void cuda_host_multiprocessors(int count, int claimed) {
 void cuda_host_threads_of_multiprocessor(int count) {
   cuda_host::threads_of_multiprocessor = count;
 }
+// Shared memory of a block on all devices from here on, and with it of a multiprocessor; at most
+// what they have.
+void cuda_host_block_memory(size_t bytes) { cuda_host::memory_of_block = bytes; }
 // How many grids have been launched so far.
 long cuda_host_launches(int cooperative) { return cuda_host::launches[cooperative != 0]; }
 }

@@ -1,0 +1,46 @@
+"""What the tests of the persistent kernels share: cases, and the comparison with step-wise."""
+
+from __future__ import annotations
+
+import torch
+from cases import (
+    Case,
+    assert_identical,
+    assert_matches,
+    evaluate,
+    expected,
+    feature_cases,
+    run_op,
+)
+from cuda_host.conftest import Host, planned
+from rnnkern.arguments import LayerInputs
+
+EXACT, NARROW = (torch.float32, torch.float64), (torch.float16, torch.bfloat16)
+THREADS = 128  # of a block
+
+
+def cases_of(*sizes: tuple[int, int], T: int = 4) -> list[Case]:
+    """Return cells without projections, with every feature, for each (B,H)."""
+    return [c for B, H in sizes for c in feature_cases(T=T, B=B, I=3, H=H) if not c.P]
+
+
+def with_room_for(host: Host, case: Case, groups: int) -> None:
+    """Let the device hold so many groups of each direction, one block a multiprocessor."""
+    host.device_size(groups * case.D * -(-case.H // 16), THREADS)
+
+
+def inference(args: LayerInputs) -> dict[str, torch.Tensor]:
+    return dict(enumerate(run_op(args, save=False)))  # type: ignore[arg-type]
+
+
+def assert_same_as_stepwise(host: Host, args: LayerInputs, dtype: torch.dtype) -> None:
+    """Compare both passes and inference bit by bit, and with the reference."""
+    before = host.launches()
+    found, infers = evaluate(args), inference(args)
+    assert host.launches().cooperative == before.cooperative + 3, "not one launch for a pass"
+    host.device_size()  # which may have been too small for these
+    with planned("stepwise"):
+        assert_identical(found, evaluate(args))
+        assert_identical(infers, inference(args))
+    if args.cell != "rnn_relu" or dtype in EXACT:  # one rounded sign decides on whole gradients
+        assert_matches(found, expected(args), dtype=dtype)
