@@ -30,8 +30,7 @@ def test_one_launch_for_all_steps(host: Host, cell: str, layout: Any, T: int) ->
     args = build(Case(cell, T=T, B=2, I=1, H=2, D=2, layout=layout), torch.float64)
     before, found = host.launches(), evaluate(args)
     steps = -(-T // STEPS_OF_AN_ARGUMENT) if layout == "packed" else 0
-    turned = 4 if cell == "gru_reset_before" else 2
-    plain = 1 + steps + 1 + turned + steps
+    plain = 1 + steps + 1 + 2 * CELLS[cell].phases + steps
     assert host.launches() == Launches(before.plain + plain, before.cooperative + 2)
     with planned("stepwise"):
         assert_identical(found, evaluate(args))
