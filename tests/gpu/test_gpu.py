@@ -63,6 +63,11 @@ def _kernels() -> Iterator[None]:
     torch.cuda.synchronize()
 
 
+@pytest.fixture(params=cuda.PLANS)
+def each_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RNNKERN_CUDA_PLAN", str(request.param))
+
+
 def on_gpu(args: LayerInputs) -> LayerInputs:
     """Move everything but batch_sizes, which torch keeps on the host."""
     return on_device(args, "cuda")
@@ -76,6 +81,7 @@ def sized(B: int, H: int) -> list[Case]:
     return [c for c in feature_cases(T=6, B=B, I=5, H=H) if not c.P or H > 2]
 
 
+@pytest.mark.usefixtures("each_plan")
 @pytest.mark.parametrize("case", [c for size in SIZES for c in sized(*size)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_reference(
@@ -89,6 +95,7 @@ def test_against_the_reference(
     assert_matches(on_cpu(found), expected(args, needs=needs), dtype=dtype)
 
 
+@pytest.mark.usefixtures("each_plan")
 @pytest.mark.parametrize("case", sized(17, 33), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_runs_repeat_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
@@ -96,6 +103,25 @@ def test_runs_repeat_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
     first = evaluate(args)
     for _ in range(20):
         assert_identical(evaluate(args), first)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 512), (64, 1024), (200, 512), (16, 2048)], ids=str)
+def test_both_plans_have_the_same_bits(
+    cell: str, dtype: torch.dtype, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many blocks and steps, where a fault in the exchange is likely to show.
+
+    In the largest layers, but for the Elman cells, weights are streamed on most devices.
+    """
+    B, H = size
+    args = on_gpu(build(Case(cell, T=100, B=B, I=5, H=H, lengths=True, resets=True), dtype))
+    monkeypatch.setenv("RNNKERN_CUDA_PLAN", "stepwise")
+    wanted = evaluate(args)
+    monkeypatch.setenv("RNNKERN_CUDA_PLAN", "persistent")
+    for _ in range(3):
+        assert_identical(evaluate(args), wanted)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -168,6 +194,7 @@ def test_no_call_waits_for_the_device(dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("each_plan")
 @pytest.mark.parametrize("name", MODULES)
 def test_in_a_cuda_graph(name: str) -> None:
     module = MODULES[name](16, 32).cuda()
@@ -184,6 +211,7 @@ def test_in_a_cuda_graph(name: str) -> None:
             assert torch.equal(y, module(x)[0])
 
 
+@pytest.mark.usefixtures("each_plan")
 @pytest.mark.parametrize("name", MODULES)
 def test_training_in_a_cuda_graph(name: str) -> None:
     module = MODULES[name](16, 32).cuda()
@@ -214,6 +242,7 @@ def test_training_in_a_cuda_graph(name: str) -> None:
             assert torch.equal(f, p.grad)
 
 
+@pytest.mark.usefixtures("each_plan")
 @pytest.mark.parametrize("name", MODULES)
 def test_two_streams_at_once(name: str) -> None:
     module = MODULES[name](64, 128).cuda()
@@ -272,6 +301,7 @@ def test_wrong_lengths_make_their_row_nan() -> None:
     assert not y[:, 0::2].isnan().any()
 
 
+@pytest.mark.usefixtures("each_plan")
 def test_more_steps_than_cudnn_takes() -> None:
     module = rnnkern.GRU(1, 3).cuda()
     x = torch.randn(70_000, 1, 1, device="cuda")
