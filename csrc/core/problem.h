@@ -138,25 +138,33 @@ struct RowMap {
   int64_t at(int64_t n) const { return first + n / group * outer + n % group * inner; }
 };
 
-// out = aᵀ·data, or with `adds` out += aᵀ·data
-template <class T, class A>
+// Sums of outer products over N rows: of every a with up to three factors b.
+//   out = aᵀ·b, sum = Σ a, or with `adds` added to what is there
+constexpr int kOuterFactors = 3;
+
+template <class T>
 struct OuterFactor {
   int64_t I;      // 0: none
-  const T* data;  // rows of I, ld apart
+  const T* data;  // [..,I], rows ld apart
   int64_t ld;
-  RowMap rows;  // of data, that belong to those of a
-  A* out;       // [O,I]
+  RowMap rows;  // those that belong to the rows of a
 };
 
-// The products of one a with up to two factors, and the sum of its rows.
 template <class T, class A>
-struct OuterProblem {
-  int64_t N, O;
+struct OuterPart {
+  int64_t O;   // 0: none
   const T* a;  // [N,O], rows lda apart
   int64_t lda;
+  A* out[kOuterFactors];  // [O,I] of each factor, or null
+  A* sum[2];              // [O], or null
+};
+
+template <class T, class A>
+struct OuterProblem {
+  int64_t N;
   bool adds;
-  A* sum[2];  // [O], or null
-  OuterFactor<T, A> b[2];
+  OuterFactor<T> b[kOuterFactors];
+  OuterPart<T, A> part[kOuterFactors];
 };
 
 }  // namespace rnnkern

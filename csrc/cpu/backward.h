@@ -188,14 +188,27 @@ class BackwardLoop {
   // The state gradient that comes out of the step visited before, and this step's last phase.
   void enter(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
-              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
-                P dh = P::load(r);
-                if (j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
-                dh = flow(d, 0, step, j, u, n, dh);
-                const P dc = flow_c(d, step, j, u, n);
-                if (j < step.rows) last_phase(d, step, j, u, n, dh + load_dy(d, step, j, u, n), dc);
-              });
+    run_stage(
+        s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
+        [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
+          P dh = P::load(r);
+          if (j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
+          dh = flow(d, 0, step, j, u, n, dh);
+          const P dc = flow_c(d, step, j, u, n);
+          if (j < step.rows) last_phase(d, step, j, u, n, dh + load_dy(d, step, j, u, n), dc);
+        },
+        [&](int64_t j, int64_t u, int64_t count) RNNKERN_LAMBDA { fetch(d, step, j, u, count); });
+  }
+
+  // Asks for what the last phase will read of row j, units [u, u + count).
+  RNNKERN_INLINE void fetch(int d, const Step& step, int64_t j, int64_t u, int64_t count) {
+    if (j >= step.rows) return;
+    const BackwardDirection<T, A>& io = p_.dir[d];
+    const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
+    for (int g = 0; g < G; ++g) prefetch(io.gates + (row * p_.D * G + g) * H + u, count);
+    for (int k = 0; k < K; ++k) prefetch(io.saved + (row * K + k) * H + u, count);
+    if (!Cell::projects) prefetch(io.h_prev + row * p_.P + u, count);
+    if (io.dy) prefetch(io.dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, count);
   }
 
   void enter_projected(int d, const Step& step, const Place& place) {

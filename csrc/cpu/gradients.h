@@ -17,7 +17,8 @@ namespace {
 template <class Cell, class T>
 class Gradients {
   using A = Accumulator<T>;
-  using Factor = OuterFactor<T, A>;
+  using Factor = OuterFactor<T>;
+  using Part = OuterPart<T, A>;
   static constexpr int G = Cell::gates, L = Pack<A>::lanes;
   // A chunk: rows enough to pay for going through the sums, few enough for the cache.
   static constexpr int64_t kChunkBytes = 512 << 10, kLeastRows = 128, kMostRows = 256;
@@ -45,8 +46,10 @@ class Gradients {
 
   // Each thread's scratch for the sums.
   static int64_t scratch_elements(const CpuBackwardProblem<T>& p) {
-    const int64_t columns = Outer<T>::columns(p.I) + Outer<T>::columns(maximum(p.P, p.H));
-    return whole_lines<A>(Outer<T>::scratch_elements(columns));
+    const bool extra = Cell::extra == Extra::operand || p.dir[0].W_hr;
+    const auto panels = [](int64_t I) { return Outer<T>::panels(I); };
+    return whole_lines<A>(
+        Outer<T>::scratch_elements(panels(p.I) + panels(p.P) + (extra ? panels(p.H) : 0)));
   }
 
   int64_t steps() const { return steps_; }  // of a chunk
@@ -96,40 +99,35 @@ class Gradients {
   // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
   void close(int64_t index, const Place& place, A* scratch) {
     if (p_->dinput) multiply(place);
-    const bool adds = index % kPiece != 0;
     const int64_t H = p_->H, gates = G * H;
     const WeightGradients<A>& s = sums_;
-    const Factor input{p_->I, p_->input, p_->I, rows_, s.dW};
-    const Factor state{p_->P, io_->h_prev, p_->P, rows_, s.dR};
-    const auto sum = [&](const Matrix<T>& a, Range columns, Factor b0, Factor b1, A* total,
-                         A* other) {
-      OuterProblem<T, A> p{
-          count_,  columns.end - columns.begin, a.data + columns.begin, a.ld, adds, {total, other},
-          {b0, b1}};
-      for (Factor& b : p.b) {
-        if (!b.out) b.I = 0;
-      }
-      Outer<T>::run(p, scratch, place.index, place.count);
-    };
-    // What belongs to the last gates, from `last` on, may have factors of its own.
+    OuterProblem<T, A> sums{count_,
+                            index % kPiece != 0,
+                            {{p_->I, p_->input, p_->I, rows_}, {p_->P, io_->h_prev, p_->P, rows_}},
+                            {}};
+    // What belongs to the last gates, from `last` on, may have a factor of its own.
     const int64_t last = Cell::extra == Extra::recurrent_gradient ? gates - H
                          : Cell::extra == Extra::operand ? Cell::first[Cell::phases - 1] * H
                                                          : gates;
-    sum(dx_, {0, last}, input, state, s.db_ih, s.db_hh);
     const auto from = [&](A* p, int64_t columns) { return p ? p + last * columns : nullptr; };
-    Factor last_input = input, last_state = state;
-    last_input.out = from(s.dW, p_->I);
-    last_state.out = from(s.dR, p_->P);
+    A *last_dW = from(s.dW, p_->I), *last_dR = from(s.dR, p_->P);
+    A *last_db_ih = from(s.db_ih, 1), *last_db_hh = from(s.db_hh, 1);
+    sums.part[0] = {last, dx_.data, dx_.ld, {s.dW, s.dR}, {s.db_ih, s.db_hh}};
+    Part dx_of_last{gates - last, dx_.data + last, dx_.ld, {last_dW}, {last_db_ih}};
+    const Factor extra{H, extra_.data, extra_.ld, {0, 1, 1, 0}};
     if (Cell::extra == Extra::recurrent_gradient) {
-      sum(dx_, {last, gates}, last_input, {}, from(s.db_ih, 1), nullptr);
-      sum(extra_, {0, H}, last_state, {}, from(s.db_hh, 1), nullptr);
+      sums.part[1] = dx_of_last;
+      sums.part[2] = {H, extra_.data, extra_.ld, {nullptr, last_dR}, {last_db_hh}};
     } else if (Cell::extra == Extra::operand) {
-      const Factor operand{H, extra_.data, extra_.ld, {0, 1, 1, 0}, last_state.out};
-      sum(dx_, {last, gates}, last_input, operand, from(s.db_ih, 1), from(s.db_hh, 1));
+      sums.b[2] = extra;
+      dx_of_last.out[2] = last_dR;
+      dx_of_last.sum[1] = last_db_hh;
+      sums.part[1] = dx_of_last;
     } else if (Cell::extra == Extra::output && io_->W_hr) {
-      sum(dh_, {0, p_->P}, {H, extra_.data, extra_.ld, {0, 1, 1, 0}, s.dW_hr}, {}, nullptr,
-          nullptr);
+      sums.b[2] = extra;
+      sums.part[1] = {p_->P, dh_.data, dh_.ld, {nullptr, nullptr, s.dW_hr}, {}};
     }
+    Outer<T>::run(sums, scratch, place.index, place.count);
   }
 
   // Whether the sums of a piece are complete after chunk `index`; then add_piece adds them up.

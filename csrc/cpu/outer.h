@@ -7,6 +7,7 @@
 // output adds its sum over the rows to memory. The packed tile of a stays in L1, the panels of b in
 // L2. Sums run over the rows in order, so that the result does not depend on how threads split the
 // outputs. Rows are taken kRows at a time, so that rounding errors do not grow with all of them.
+// All products of a call share their packed panels.
 #pragma once
 
 #include "core/problem.h"
@@ -20,37 +21,53 @@ class Outer {
   using A = Accumulator<T>;
   using F = Factors<T>;
   using Problem = OuterProblem<T, A>;
-  using Factor = OuterFactor<T, A>;
+  using Factor = OuterFactor<T>;
+  using Part = OuterPart<T, A>;
   static constexpr int L = Pack<A>::lanes;
   static constexpr int NV = 2;
   static constexpr int MR = kRegisters * 3 / 4 / NV;
   static constexpr int64_t kRows = 256, kPackedRows = kRows / F::depth;
 
  public:
-  // Columns of a factor, in whole panels.
-  static int64_t columns(int64_t I) { return (I + NV * L - 1) / (NV * L) * NV * L; }
+  static int64_t panels(int64_t I) { return (I + NV * L - 1) / (NV * L); }
 
-  // A thread's scratch for factors with that many columns: all panels and one tile of a block.
-  static int64_t scratch_elements(int64_t columns) { return kPackedRows * (columns + MR); }
+  // A thread's scratch for factors with that many panels: all of them, one tile of a, and whether
+  // each panel has been packed.
+  static int64_t scratch_elements(int64_t panels) {
+    return kPackedRows * (panels * NV * L + MR) + panels;
+  }
 
-  // The part of thread `rank` of `size`, with scratch of its own.
+  // The part of thread `rank` of `size`, with scratch of its own: of all tiles of all outputs, in
+  // the order in which they are visited, every thread takes as many.
   static void run(const Problem& p, A* scratch, int rank, int size) {
-    const int64_t grid_rows = divide(p, size), grid_columns = size / grid_rows;
-    const Range mine = part(tiles(p), rank / grid_columns, grid_rows);
-    const Range columns = part(panels(p), rank % grid_columns, grid_columns);
-    const bool sums = (p.sum[0] || p.sum[1]) && rank % grid_columns == 0;
-    if (rank >= grid_rows * grid_columns) return;
-    if (columns.begin == columns.end && !sums) return;
-    A* packed_a = scratch + kPackedRows * panels(p) * NV * L;
+    int64_t all = 0;
+    for (const Part& part : p.part) all += tiles(part) * panels(p, part);
+    const Range mine = rnnkern::part(all, rank, size);
+    A* packed_a = scratch;
+    A* packed_b = packed_a + kPackedRows * MR;
+    int64_t panels_of_all = 0;
+    for (const Factor& factor : p.b) panels_of_all += panels(factor.I);
+    A* is_packed = packed_b + panels_of_all * kPackedRows * NV * L;
     for (int64_t n = 0; n < p.N; n += kRows) {
       const Block block{n, minimum(kRows, p.N - n), p.adds || n > 0};
-      for (int64_t c = columns.begin; c < columns.end; ++c)
-        pack_panel(panel(p, c), block, scratch + c * kPackedRows * NV * L);
-      for (int64_t t = mine.begin; t < mine.end; ++t) {
-        pack_tile(p, block, t, packed_a);
-        if (sums) add_sum(p, block, packed_a, t);
-        for (int64_t c = columns.begin; c < columns.end; ++c)
-          add_tile(p, block, panel(p, c), packed_a, scratch + c * kPackedRows * NV * L, t);
+      std::memset(is_packed, 0, static_cast<size_t>(panels_of_all) * sizeof(A));
+      int64_t begin = 0;  // of the part's tiles
+      for (const Part& part : p.part) {
+        add_sums(part, block, rank, size);
+        const int64_t width = panels(p, part), end = begin + tiles(part) * width;
+        const int64_t last = minimum(end, mine.end);
+        for (int64_t i = maximum(begin, mine.begin); i < last;) {
+          const int64_t tile = (i - begin) / width;
+          pack_tile(part, block, tile, packed_a);
+          for (const int64_t stop = minimum(last, begin + (tile + 1) * width); i < stop; ++i) {
+            const Panel panel = find_panel(p, part, (i - begin) % width);
+            A* b = packed_b + panel.slot * kPackedRows * NV * L;
+            if (is_packed[panel.slot] == A(0)) pack_panel(panel, block, b);
+            is_packed[panel.slot] = A(1);
+            add_tile(part, block, panel, packed_a, b, tile);
+          }
+        }
+        begin = end;
       }
     }
   }
@@ -58,7 +75,9 @@ class Outer {
  private:
   struct Panel {
     const Factor& factor;
+    A* out;                // of the part, for this factor
     int64_t begin, count;  // columns
+    int64_t slot;          // among the panels of all factors
   };
 
   struct Block {
@@ -66,40 +85,46 @@ class Outer {
     bool adds;  // to what the blocks before gave
   };
 
-  static int64_t tiles(const Problem& p) { return (p.O + MR - 1) / MR; }
-  static int64_t panels(const Factor& f) { return (f.I + NV * L - 1) / (NV * L); }
-  static int64_t panels(const Problem& p) { return panels(p.b[0]) + panels(p.b[1]); }
+  static int64_t tiles(const Part& part) { return (part.O + MR - 1) / MR; }
 
-  static Panel panel(const Problem& p, int64_t index) {
-    const int64_t others = panels(p.b[0]);
-    const Factor& factor = p.b[index < others ? 0 : 1];
-    const int64_t begin = (index < others ? index : index - others) * NV * L;
-    return {factor, begin, minimum(NV * L, factor.I - begin)};
+  // Panels of the factors that the part is multiplied with.
+  static int64_t panels(const Problem& p, const Part& part) {
+    int64_t n = 0;
+    for (int f = 0; f < kOuterFactors; ++f) n += part.out[f] ? panels(p.b[f].I) : 0;
+    return n;
   }
 
-  // The rows of the grid of threads over tiles and panels that leaves each the least to do.
-  static int64_t divide(const Problem& p, int64_t size) {
-    int64_t best = 1, least = INT64_MAX;
-    for (int64_t rows = 1; rows <= size; ++rows) {
-      if (size % rows != 0) continue;
-      const int64_t columns = size / rows;
-      const int64_t share = ((tiles(p) + rows - 1) / rows) * ((panels(p) + columns - 1) / columns);
-      if (share <= least) {
-        least = share;
-        best = rows;
+  static Panel find_panel(const Problem& p, const Part& part, int64_t index) {
+    int64_t slot = 0;
+    for (int f = 0;; ++f) {
+      const int64_t count = panels(p.b[f].I);
+      if (part.out[f] && index < count) {
+        const int64_t begin = index * NV * L;
+        return {p.b[f], part.out[f], begin, minimum(NV * L, p.b[f].I - begin), slot + index};
       }
+      if (part.out[f]) index -= count;
+      slot += count;
     }
-    return best;
   }
 
   static void pack_panel(const Panel& panel, const Block& block, A* out) {
     const Factor& f = panel.factor;
-    const auto row = [&](int64_t n) {
-      return f.data + f.rows.at(block.first + n) * f.ld + panel.begin;
+    const RowMap& rows = f.rows;
+    // Row block.first of the map, and how many more its group has.
+    const T* row = f.data + rows.at(block.first) * f.ld + panel.begin;
+    int64_t left = rows.group - block.first % rows.group;
+    const auto next = [&] {
+      const T* const here = row;
+      row += rows.inner * f.ld;
+      if (--left == 0) {
+        row += (rows.outer - rows.group * rows.inner) * f.ld;
+        left = rows.group;
+      }
+      return here;
     };
     for (int64_t n = 0; n < block.rows; n += F::depth, out += NV * L) {
-      const T* first = row(n);
-      const T* second = F::depth > 1 && n + 1 < block.rows ? row(n + 1) : nullptr;
+      const T* first = next();
+      const T* second = F::depth > 1 && n + 1 < block.rows ? next() : nullptr;
       for (int v = 0; v < NV; ++v) {
         const int lanes = static_cast<int>(clamp(panel.count - v * L, 0, L));
         Pack<A> both(A(0));
@@ -109,12 +134,12 @@ class Outer {
     }
   }
 
-  static void pack_tile(const Problem& p, const Block& block, int64_t tile, A* out) {
-    const T* in = p.a + block.first * p.lda + tile * MR;
-    const int columns = static_cast<int>(minimum(MR, p.O - tile * MR));
-    for (int64_t n = 0; n < block.rows; n += F::depth, in += F::depth * p.lda, out += MR) {
+  static void pack_tile(const Part& part, const Block& block, int64_t tile, A* out) {
+    const T* in = part.a + block.first * part.lda + tile * MR;
+    const int columns = static_cast<int>(minimum(MR, part.O - tile * MR));
+    for (int64_t n = 0; n < block.rows; n += F::depth, in += F::depth * part.lda, out += MR) {
       if constexpr (F::depth > 1) {
-        store(out, F::join(in, n + 1 < block.rows ? in + p.lda : nullptr, columns), MR);
+        store(out, F::join(in, n + 1 < block.rows ? in + part.lda : nullptr, columns), MR);
       } else if (columns == MR) {
         std::memcpy(out, in, MR * sizeof(T));
       } else {
@@ -123,30 +148,45 @@ class Outer {
     }
   }
 
-  static void add_sum(const Problem& p, const Block& block, const A* a, int64_t tile) {
-    A sum[MR] = {};
-    if constexpr (F::depth > 1) {
-      const Bfloat16 one[] = {{0x3f80}, {0x3f80}};
-      const Pack<A> ones = F::spread(one);
-      Pack<A> total(A(0));
-      for (int64_t n = 0; n < block.rows; n += F::depth, a += MR)
-        total = F::dot(load(a, MR), ones, total);
-      store(sum, total, MR);
-    } else {
-      for (int64_t n = 0; n < block.rows; ++n, a += MR) {
-        for (int m = 0; m < MR; ++m) sum[m] += a[m];
+  // Sums of a's rows, a few registers of columns at a time.
+  static void add_sums(const Part& part, const Block& block, int rank, int size) {
+    constexpr int kColumns = 4 * L;
+    if (!part.sum[0] && !part.sum[1]) return;
+    const Range mine = rnnkern::part((part.O + kColumns - 1) / kColumns, rank, size);
+    for (int64_t o = mine.begin * kColumns; o < minimum(part.O, mine.end * kColumns);
+         o += kColumns) {
+      const T* a = part.a + block.first * part.lda + o;
+      Pack<A> total[kColumns / L];
+      for (Pack<A>& t : total) t = Pack<A>(A(0));
+      for (int64_t n = 0; n < block.rows; n += F::depth, a += F::depth * part.lda) {
+        const T* next = n + 1 < block.rows ? a + part.lda : nullptr;
+#pragma GCC unroll 4
+        for (int v = 0; v < kColumns / L; ++v) {
+          const int lanes = static_cast<int>(minimum(part.O - o - v * L, L));
+          if (lanes <= 0) break;
+          const Pack<A> both = F::join(a + v * L, next ? next + v * L : nullptr, lanes);
+          total[v] = F::dot(both, F::ones(), total[v]);
+        }
       }
-    }
-    for (A* total : p.sum) {
-      if (!total) continue;
-      A* out = total + tile * MR;
-      for (int m = 0; m < minimum(MR, p.O - tile * MR); ++m)
-        out[m] = block.adds ? out[m] + sum[m] : sum[m];
+      for (A* sum : part.sum) {
+        for (int v = 0; sum && v < kColumns / L; ++v) {
+          const int lanes = static_cast<int>(minimum(part.O - o - v * L, L));
+          if (lanes <= 0) break;
+          A* at = sum + o + v * L;
+          store(at, block.adds ? load(at, lanes) + total[v] : total[v], lanes);
+        }
+      }
     }
   }
 
-  static void add_tile(const Problem& p, const Block& block, const Panel& panel, const A* a,
+  static void add_tile(const Part& part, const Block& block, const Panel& panel, const A* a,
                        const A* b, int64_t tile) {
+    const int64_t I = panel.factor.I;
+    A* out = panel.out + tile * MR * I + panel.begin;
+    const bool whole = panel.count == NV * L && part.O - tile * MR >= MR;
+    if (whole && block.adds) {  // the sums come from far, and the product takes longer than they do
+      for (int m = 0; m < MR; ++m) prefetch(out + m * I, NV * L);
+    }
     Pack<A> acc[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
@@ -164,17 +204,27 @@ class Outer {
         for (int v = 0; v < NV; ++v) acc[m][v] = F::dot(factor, row[v], acc[m][v]);
       }
     }
-    const int64_t rows = minimum(MR, p.O - tile * MR);
+    if (whole && block.adds) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 16
+        for (int v = 0; v < NV; ++v)
+          (Pack<A>::load(out + m * I + v * L) + acc[m][v]).store(out + m * I + v * L);
+      }
+      return;
+    }
+    A sums[MR][NV * L];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      if (m == rows) break;
-      A* out = panel.factor.out + (tile * MR + m) * panel.factor.I + panel.begin;
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) {
-        const int lanes = static_cast<int>(clamp(panel.count - v * L, 0, L));
-        if (lanes == 0) break;
-        A* at = out + v * L;
-        store(at, block.adds ? load(at, lanes) + acc[m][v] : acc[m][v], lanes);
+      for (int v = 0; v < NV; ++v) acc[m][v].store(sums[m] + v * L);
+    }
+    for (int64_t m = 0; m < minimum(MR, part.O - tile * MR); ++m) {
+      for (int64_t u = 0; u < panel.count; u += L) {
+        const int lanes = static_cast<int>(minimum(panel.count - u, L));
+        const Pack<A> sum = Pack<A>::load(sums[m] + u);
+        A* at = out + m * I + u;
+        store(at, block.adds ? load(at, lanes) + sum : sum, lanes);
       }
     }
   }

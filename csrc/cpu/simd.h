@@ -2,8 +2,8 @@
 // compiled for.
 //
 // Everything here has internal linkage: each per-ISA file gets its own copy, so no code of one ISA
-// can be picked by the linker for another. Only fma and the partial load and store are written per
-// ISA.
+// can be picked by the linker for another. Only fma, the limits and the partial load and store are
+// written per ISA.
 #pragma once
 
 #include <cstdint>
@@ -96,6 +96,32 @@ RNNKERN_INLINE Pack<T> fma(Pack<T> a, Pack<T> b, Pack<T> c) {
 }
 #endif
 
+// x limited from above or below; NaN stays. (GCC compiles the conditional with a constant to a
+// comparison and a blend.)
+#if defined(__AVX512F__)
+RNNKERN_INLINE Pack<float> at_most(Pack<float> x, float limit) {
+  return Pack<float>(_mm512_min_ps(Pack<float>(limit).v, x.v));
+}
+RNNKERN_INLINE Pack<float> at_least(Pack<float> x, float limit) {
+  return Pack<float>(_mm512_max_ps(Pack<float>(limit).v, x.v));
+}
+RNNKERN_INLINE Pack<double> at_most(Pack<double> x, double limit) {
+  return Pack<double>(_mm512_min_pd(Pack<double>(limit).v, x.v));
+}
+RNNKERN_INLINE Pack<double> at_least(Pack<double> x, double limit) {
+  return Pack<double>(_mm512_max_pd(Pack<double>(limit).v, x.v));
+}
+#else
+template <class T>
+RNNKERN_INLINE Pack<T> at_most(Pack<T> x, T limit) {
+  return Pack<T>(x.v > Pack<T>(limit).v ? Pack<T>(limit).v : x.v);
+}
+template <class T>
+RNNKERN_INLINE Pack<T> at_least(Pack<T> x, T limit) {
+  return Pack<T>(x.v < Pack<T>(limit).v ? Pack<T>(limit).v : x.v);
+}
+#endif
+
 // The first n lanes; the others are zero.
 template <class T>
 RNNKERN_INLINE Pack<T> load_partial(const T* p, int n) {
@@ -156,6 +182,7 @@ struct Factors {
   RNNKERN_INLINE static P spread_one(const T* p) { return P(*p); }
   // n <= lanes of them from each of `depth` rows; `second` may be null: zero.
   RNNKERN_INLINE static P join(const T* first, const T*, int n) { return rnnkern::load(first, n); }
+  RNNKERN_INLINE static P ones() { return P(T(1)); }
   RNNKERN_INLINE static P dot(P a, P b, P c) { return fma(a, b, c); }
 };
 
@@ -207,6 +234,7 @@ struct Factors<Bfloat16> {
     const P::RawInt both = second ? lower | load_bits(second, n) << 16 : lower;
     return P(reinterpret_cast<P::Raw>(both));
   }
+  RNNKERN_INLINE static P ones() { return as_pack(_mm512_set1_epi32(0x3f803f80)); }
   RNNKERN_INLINE static P dot(P a, P b, P c) {
     __m512bh x, y;
     std::memcpy(&x, &a.v, sizeof(x));

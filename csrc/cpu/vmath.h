@@ -1,10 +1,10 @@
 // tanh, sigmoid and relu on packs: at most 4 ULP from the exact value in float and in double, with
 // true division. They saturate exactly, and NaN and infinities go through as in torch.
 //
-// Both rest on e^x = 2 s (1 + q) with s = 2^(n-1), x = n ln2 + r, |r| <= ln2/2 and q = e^r - 1, a
-// Taylor polynomial (up to r^7 in float, r^13 in double: the first term left out is below half an
-// ULP). s is half the scale because it is then finite wherever e^x is. The two-part ln2 is Cody &
-// Waite's (1980).
+// Both rest on e^x = 2 s (1 + q) with s = 2^(n-1), x = n ln2 + r, |r| <= ln2/2 and q = e^r - 1 =
+// r + r² p(r). In float p has degree 4 and the least largest relative error of q (1.4e-8; Remez); in
+// double it is Taylor's up to r^13, where the first term left out is below half an ULP. s is half
+// the scale because it is then finite wherever e^x is. The two-part ln2 is Cody & Waite's (1980).
 //   sigmoid x = 1 / (1 + e^-x)
 //   tanh |x|  = E / (E + 2) with E = e^2|x| - 1 = 2 s q + (2 s - 1), exact near zero, where 2 s = 1
 #pragma once
@@ -25,8 +25,8 @@ struct ExpConstants<float> {
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float lowest = -86.0f, highest = 89.0f;  // s is normal, e^x infinite
   static constexpr float tanh_is_one = 10.0f;
-  static constexpr float taylor[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120,
-                                     1.0f / 24,   1.0f / 6,   0.5f};
+  static constexpr float p[] = {1.38824975e-3f, 8.36664679e-3f, 4.16672039e-2f, 1.66665427e-1f,
+                                4.99999981e-1f};
 };
 
 template <>
@@ -37,9 +37,9 @@ struct ExpConstants<double> {
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double lowest = -707.0, highest = 710.0;
   static constexpr double tanh_is_one = 20.0;
-  static constexpr double taylor[] = {
-      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
-      1.0 / 5040,       1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5};
+  static constexpr double p[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                 1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                 1.0 / 120,        1.0 / 24,        1.0 / 6,        0.5};
 };
 
 // e^x = 2 s (1 + q), for x between `lowest` and `highest`, or NaN.
@@ -55,24 +55,14 @@ struct Exp {
     const P n = shifted - P(C::round);
     P r = fma(n, P(-C::ln2_high), x);
     r = fma(n, P(-C::ln2_low), r);
-    P p(C::taylor[0]);
+    P p(C::p[0]);
 #pragma GCC unroll 16
-    for (unsigned k = 1; k < sizeof(C::taylor) / sizeof(T); ++k) p = fma(p, r, P(C::taylor[k]));
+    for (unsigned k = 1; k < sizeof(C::p) / sizeof(T); ++k) p = fma(p, r, P(C::p[k]));
     q = fma(r * r, p, r);
     const RawInt i = reinterpret_cast<RawInt>(shifted.v) - reinterpret_cast<RawInt>(P(C::round).v);
     s.v = reinterpret_cast<typename P::Raw>((i + (C::bias - 1)) << C::mantissa);
   }
 };
-
-// Comparisons with NaN are false, so NaN passes.
-template <class T>
-RNNKERN_INLINE Pack<T> at_most(Pack<T> x, T limit) {
-  return Pack<T>(x.v > Pack<T>(limit).v ? Pack<T>(limit).v : x.v);
-}
-template <class T>
-RNNKERN_INLINE Pack<T> at_least(Pack<T> x, T limit) {
-  return Pack<T>(x.v < Pack<T>(limit).v ? Pack<T>(limit).v : x.v);
-}
 
 template <class T>
 RNNKERN_INLINE Pack<T> sigmoid(Pack<T> x) {

@@ -306,8 +306,13 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
       }
       for (int64_t m = begin; m < end; ++m) {
         for (int64_t i = 0; i < count; ++i) {
-          const int lanes = static_cast<int>(minimum(W::L, units - i * W::L));
-          emit(m, unit + i * W::L, lanes, out + (m - begin) * row_size + i * NG * W::L);
+          const int64_t u = unit + i * W::L, lanes = minimum(W::L, w.N - u);
+          const A* r = out + (m - begin) * row_size + i * NG * W::L;
+          if (lanes == W::L) {  // apart, so that the compiler leaves out what tails need
+            emit(m, u, W::L, r);
+          } else {
+            emit(m, u, static_cast<int>(lanes), r);
+          }
         }
       }
     }
