@@ -1,8 +1,8 @@
 """The cases of ``rnnkern bench`` under pytest-benchmark, which keeps and compares histories.
 
-    pytest bench/test_layers.py --benchmark-only -k "rnnkern and 100x32x256"
-    pytest bench/test_layers.py --benchmark-only --benchmark-autosave
-    pytest bench/test_layers.py --benchmark-only --benchmark-compare
+    pytest -n 0 bench/test_layers.py --benchmark-only -k "rnnkern and 100x32x256"
+    pytest -n 0 bench/test_layers.py --benchmark-only --benchmark-autosave
+    pytest -n 0 bench/test_layers.py --benchmark-only --benchmark-compare
 
 Contenders run one after the other here: to compare them, use ``rnnkern bench``, which lets them
 take turns. RNNKERN_BENCH_THREADS sets the number of threads; the default is torch's choice.

@@ -38,7 +38,12 @@ def build_probe(folder: Path, *flags: str) -> Path:
 
 
 def link(sources: Sequence[Path], target: Path, flags: Sequence[str]) -> Path:
-    """Compile what has no object file beside `target` yet, and link all; return `target`."""
+    """Compile what has no object file beside `target` yet, and link all; return `target`.
+
+    A target that is there already stays: another process may have loaded it.
+    """
+    if target.exists():
+        return target
     compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
     includes = [HERE / "include", ROOT / "csrc", pybind11.get_include()]
     includes += [sysconfig.get_path("include")]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from cases import Case, leaves, run_op
 from cuda_host.build import NAME, build, build_probe
+from filelock import FileLock
 from rnnkern import cuda, kernels
 from rnnkern.arguments import LayerInputs
 from rnnkern.cells import get_cell
@@ -118,21 +119,27 @@ FLAGS = os.environ.get("RNNKERN_HOST_FLAGS", "").split()
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return where both libraries are built, which share the shim's object files."""
+    """Return where both libraries are built, once for all processes that run tests."""
     if sys.platform != "linux":
         pytest.skip("the fibers of the shim are glibc's")
-    return tmp_path_factory.mktemp("cuda_host")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda_host"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def probe_library(folder: Path) -> ctypes.CDLL:
     """Load the kernels of probe.cu, on the host."""
-    return ctypes.CDLL(str(build_probe(folder, *FLAGS)))
+    with FileLock(folder / "lock"):
+        path = build_probe(folder, *FLAGS)
+    return ctypes.CDLL(str(path))
 
 
 @pytest.fixture(scope="session")
 def built(folder: Path) -> Host:
-    path = build(folder, *FLAGS)
+    with FileLock(folder / "lock"):
+        path = build(folder, *FLAGS)
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(path))
     spec = importlib.util.spec_from_loader(NAME, loader)
     assert spec is not None
