@@ -170,6 +170,32 @@ def test_only_a_state_or_the_input_has_a_gradient() -> None:
     assert h.requires_grad
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("rows", [8, 3000])
+def test_what_is_kept_in_one_tensor_or_in_three(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = getattr(rnnkern, name)(16, 128)
+    x = torch.randn(rows, 1, 16, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(module(x)[0].sum(), [x, *module.parameters()])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        found = gradients()
+    assert len(kept) == 5 + (1 if rows == 8 else 2 if name == "RNN" else 3)
+    with general_way(monkeypatch):
+        assert all(map(torch.equal, found, gradients()))
+    with monkeypatch.context() as patch:
+        patch.setattr(_cpu.Stack, "backward", lambda *_: None)  # as for a graph of its own
+        assert all(map(torch.equal, found, gradients()))
+
+
 @pytest.mark.parametrize(("name", "options"), OPTIONS[:5])
 def test_double_backward(name: str, options: dict[str, Any]) -> None:
     module, x, hx = made(name, options, torch.float64)
@@ -343,17 +369,21 @@ def test_the_native_calls_check_their_arguments() -> None:
     for given in (weights[:1], weights * 2, weights[::-1], (None, None), None):
         assert not stack.fits(x, None, given)
         assert stack.infer(x, None, given) is None
-        with pytest.raises(ValueError, match="tensors: expected some that fit"):
-            stack.forward(x, None, given)
+        assert stack.forward(x, None, given) is None
     for states in ([x], x, (x, x), (x,), (None,)):
         assert not stack.fits(x, states, weights)
-    kept = (x, None, None, *stack.forward(x, None, weights)[1], *weights)
-    for saved, needs in ((kept[:-1], (True,) * 5), (kept, (True,) * 4)):
+    assert stack.forward(x, None, weights)[1] is None  # nothing requires a gradient
+    (kept,) = stack.forward(x, None, [w.requires_grad_() for w in weights])[1]
+    saved, dy, needs = (x, None, None, *weights, kept), torch.zeros(2, 1, 4), (True,) * 5
+    assert stack.backward(saved, dy, None, None, needs) is not None
+    for wrong in ((saved[:-1], needs), (saved, needs[:-1]), ((*saved, kept), needs)):
         with pytest.raises(ValueError, match="one entry for each tensor"):
-            stack.backward(saved, x, None, None, needs)
-    for at, other in ((3, x), (4, kept[4][:1]), (0, x[:1])):
-        changed = (*kept[:at], other, *kept[at + 1 :])
-        assert stack.backward(changed, torch.zeros(2, 1, 4), None, None, (True,) * 5) is None
+            stack.backward(wrong[0], dy, None, None, wrong[1])
+    for at, other in ((5, x), (5, kept[1:]), (0, x[:1]), (3, weights[1])):
+        changed = (*saved[:at], other, *saved[at + 1 :])
+        assert stack.backward(changed, dy, None, None, needs) is None
+    assert stack.backward(saved, dy[:1], None, None, needs) is None
+    assert stack.backward(saved, None, None, None, needs) is None
     directions = _cpu.Stack(get_cell("rnn_tanh").index, 3, 4, 4, 1, 3, False, False)
     many = [torch.zeros(4, 3), torch.zeros(4, 4)] * 3
     with pytest.raises(ValueError, match="problem: sizes out of range"):

@@ -114,17 +114,24 @@ def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Return a list that gets the type of the data at every call of a forward kernel."""
     calls: list[Any] = []
 
-    def watched(run: Callable[..., Any], dtype: Callable[..., torch.dtype]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            calls.append(dtype(*args))
-            return run(*args)
+    def watched(run: Callable[..., None], dtype: torch.dtype) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            calls.append(dtype)
+            run(*args)
 
         return call
 
     for dtype, native in list(cpu.KERNELS.items()):
-        forward = watched(native.forward, lambda *_, dtype=dtype: dtype)
-        monkeypatch.setitem(cpu.KERNELS, dtype, native._replace(forward=forward))
-    forward = watched(_native._cpu.Stack.forward, lambda _, input, *__: input.dtype)
+        patched = native._replace(forward=watched(native.forward, dtype))
+        monkeypatch.setitem(cpu.KERNELS, dtype, patched)
+
+    def forward(stack: Any, input: torch.Tensor, *others: Any) -> Any:
+        done = run(stack, input, *others)
+        if done is not None:
+            calls.append(input.dtype)
+        return done
+
+    run = _native._cpu.Stack.forward
     monkeypatch.setattr(_native._cpu.Stack, "forward", forward)
     return calls
 

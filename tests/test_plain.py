@@ -33,7 +33,7 @@ def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 def fits(weight: Tensor) -> bool:
     """Return whether the kernels can read a weight [3,4] as it is."""
-    stack = cpu.stack("rnn_tanh", 4, 3, 3, 1, 1, False, False)
+    stack = cpu.stack("rnn_tanh", 4, 3, 0, 1, False, False, False)
     dtype = weight.dtype if weight.dtype in DTYPES else torch.float32
     others = torch.zeros(2, 1, 4, dtype=dtype), torch.zeros(3, 3, dtype=dtype)
     return stack.fits(others[0], None, [weight, others[1]])
@@ -45,7 +45,7 @@ def test_plain_tensors(dtype: torch.dtype) -> None:
     assert fits(torch.zeros(3, 4, dtype=dtype))
     assert fits(nn.Parameter(torch.zeros(3, 4, dtype=dtype)))
     assert fits(torch.zeros(9, 4, dtype=dtype)[2:5])
-    stack = cpu.stack("rnn_tanh", 1, 1, 1, 1, 1, False, False)
+    stack = cpu.stack("rnn_tanh", 1, 1, 0, 1, False, False, False)
     one = torch.zeros(8, dtype=dtype)[::8].expand(1).as_strided((1, 1, 1), (7, 5, 3))
     assert stack.fits(one, None, [torch.zeros(1, 1, dtype=dtype)] * 2)
 

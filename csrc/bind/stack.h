@@ -56,45 +56,34 @@ class Stack {
     });
   }
 
-  // One layer in training: the results, and what backward needs of it: gates, h_prev and saved or
-  // None, each in one dimension.
+  // One layer in training: the results, and a tuple of what backward needs of it, which is None if
+  // nothing has a gradient. That is gates, h_prev and saved or None, in one dimension each, or one
+  // after another in one tensor if they are small.
   py::object forward(py::handle input, py::handle states, py::handle weights) const {
     Operands o;
-    if (!gather(input.ptr(), states.ptr(), weights.ptr(), o))
-      throw py::value_error("tensors: expected some that fit");
+    if (!unwatched() || !gather(input.ptr(), states.ptr(), weights.ptr(), o)) return py::none();
     return dispatch(o.kind, [&](auto element) -> py::object {
-      using T = decltype(element);
-      PaddedForward<T> f{};
+      PaddedForward<decltype(element)> f{};
       py::tuple results = set_forward(o, f);
-      py::tuple kept(3);
-      const Kept widths = kept_sizes(o.sizes);
-      void* data = nullptr;
-      kept[0] = make(o.kind, {widths.gates}, data);
-      f.gates = static_cast<T*>(data);
-      kept[1] = make(o.kind, {widths.h_prev}, data);
-      f.h_prev = static_cast<T*>(data);
-      kept[2] = py::none();
-      if (widths.saved) {
-        kept[2] = make(o.kind, {widths.saved}, data);
-        f.saved = static_cast<T*>(data);
-      }
+      py::object kept = py::none();
+      if (requires_grad(input.ptr(), states.ptr(), weights.ptr())) kept = set_kept(o, f);
       run([&](int threads) { return run_padded_forward(cell_, f, threads); });
       return py::make_tuple(std::move(results), std::move(kept));
     });
   }
 
-  // The gradients of (input, h0, c0, *weights) that `needs` asks for, from `saved`: (input, h0, c0,
-  // gates, h_prev, saved, *weights), and the gradients of y and the final states, None for zero.
-  // None if a tensor is unusual: hooks may have put others in the places of those that were saved.
+  // The gradients of (input, h0, c0, *weights) that `needs` asks for, from `saved`: these, and what
+  // forward kept; and from the gradients of y and the final states, None for zero. None if a tensor
+  // is unusual: hooks may have put others in the places of those that were saved.
   py::object backward(const py::tuple& saved, py::handle dy, py::handle dhn, py::handle dcn,
                       const py::tuple& needs) const {
-    const auto count = static_cast<size_t>(sizes_.weight_count());
-    if (saved.size() != 6 + count || needs.size() != 3 + count)
+    const size_t given = 3 + static_cast<size_t>(sizes_.weight_count());
+    if (needs.size() != given || (saved.size() != given + 1 && saved.size() != given + 3))
       throw py::value_error("saved, needs: expected one entry for each tensor");
     Operands o;
     if ((dy.is_none() && dhn.is_none() && dcn.is_none()) || !unwatched() ||
         !gather_input(saved[0].ptr(), o) ||
-        !gather_weights(&PyTuple_GET_ITEM(saved.ptr(), 6), count, o))
+        !gather_weights(&PyTuple_GET_ITEM(saved.ptr(), 3), given - 3, o))
       return py::none();
     return dispatch(o.kind, [&](auto element) -> py::object {
       return run_backward(decltype(element){}, o, saved, dy, dhn, dcn, needs);
@@ -109,11 +98,16 @@ class Stack {
     void* initial[kMaxStates] = {};
     std::vector<void*> weights;
   };
+  // Elements of what forward keeps.
   struct Kept {
-    int64_t gates, h_prev, saved;  // elements
+    int64_t gates, h_prev, saved;
+    int64_t all() const { return gates + h_prev + saved; }
   };
+  // In one tensor below this size; beyond it in three, because glibc hands a block over 32 MiB back
+  // to the system at every free.
+  static constexpr int64_t kOneTensor = 1 << 20;  // bytes
 
-  Kept kept_sizes(const PaddedSizes& s) const {
+  Kept kept_of(const PaddedSizes& s) const {
     const int64_t N = s.T * s.B * s.D;
     return {N * info_.gates * s.H, N * s.P, N * info_.saved * s.H};
   }
@@ -159,6 +153,18 @@ class Stack {
     if (!look(object, v) || v.kind != o.kind || !v.has_shape(shape) || !v.dense()) return false;
     data = v.data;
     return true;
+  }
+
+  static bool requires_grad(PyObject* input, PyObject* states, PyObject* weights) {
+    std::vector<PyObject*> all{input};
+    for (PyObject* tensors : {states, weights}) {
+      if (tensors == Py_None) continue;
+      PyObject* const* first = PySequence_Fast_ITEMS(tensors);
+      all.insert(all.end(), first, first + PySequence_Fast_GET_SIZE(tensors));
+    }
+    const py::object& any = Torch::get().any_requires_grad;
+    const auto found = owned(PyObject_Vectorcall(any.ptr(), all.data(), all.size(), nullptr));
+    return found.ptr() == Py_True;
   }
 
   // In the order of PaddedSizes.
@@ -215,6 +221,44 @@ class Stack {
     return results;
   }
 
+  template <class T>
+  py::tuple set_kept(const Operands& o, PaddedForward<T>& f) const {
+    const Kept n = kept_of(o.sizes);
+    const bool one = n.all() * static_cast<int64_t>(sizeof(T)) <= kOneTensor;
+    py::tuple kept(one ? 1 : 3);
+    const auto add = [&](size_t i, int64_t elements) {
+      void* data = nullptr;
+      kept[i] = elements ? make(o.kind, {elements}, data) : py::none();
+      return static_cast<T*>(data);
+    };
+    f.gates = add(0, one ? n.all() : n.gates);
+    f.h_prev = one ? f.gates + n.gates : add(1, n.h_prev);
+    f.saved = one ? f.h_prev + n.h_prev : add(2, n.saved);
+    return kept;
+  }
+
+  // The same for backward; false if they are unusual.
+  template <class T>
+  bool gather_kept(PyObject* const* kept, size_t count, const Operands& o,
+                   PaddedBackward<T>& b) const {
+    const Kept n = kept_of(o.sizes);
+    void* data[3] = {};
+    if (count == 1) {
+      if (!gather_one(kept[0], o, {n.all()}, data[0])) return false;
+      b.gates = static_cast<const T*>(data[0]);
+      b.h_prev = b.gates + n.gates;
+      b.saved = b.h_prev + n.h_prev;
+      return true;
+    }
+    if (!gather_one(kept[0], o, {n.gates}, data[0]) || !gather_one(kept[1], o, {n.h_prev}, data[1]))
+      return false;
+    if (n.saved && !gather_one(kept[2], o, {n.saved}, data[2])) return false;
+    b.gates = static_cast<const T*>(data[0]);
+    b.h_prev = static_cast<const T*>(data[1]);
+    b.saved = static_cast<const T*>(data[2]);
+    return true;
+  }
+
   // Looks at the gradient of a result; one that does not lie as a kernel reads it is copied, and
   // `keep` then owns the copy. False if it is unusual otherwise.
   static bool gather_gradient(py::handle given, const Operands& o,
@@ -244,16 +288,9 @@ class Stack {
     b.sizes = s;
     b.input = static_cast<const T*>(o.input);
     b.weights = reinterpret_cast<const T* const*>(o.weights.data());
-    const Kept widths = kept_sizes(s);
-    void *gates = nullptr, *h_prev = nullptr, *more = nullptr;
-    if (!gather_one(saved[3].ptr(), o, {widths.gates}, gates) ||
-        !gather_one(saved[4].ptr(), o, {widths.h_prev}, h_prev) ||
-        (widths.saved && !gather_one(saved[5].ptr(), o, {widths.saved}, more)))
+    const size_t given = needs.size();
+    if (!gather_kept(&PyTuple_GET_ITEM(saved.ptr(), given), saved.size() - given, o, b))
       return py::none();
-    b.gates = static_cast<const T*>(gates);
-    b.h_prev = static_cast<const T*>(h_prev);
-    b.saved = static_cast<const T*>(more);
-
     py::object copies[1 + kMaxStates];
     void* data = nullptr;
     if (!gather_gradient(dy, o, {s.T, s.B, s.D * s.P}, &b.dy_batch_first, data, copies[0]))

@@ -59,14 +59,15 @@ inline Kind kind(int code, int bits) {
 struct Torch {
   const dlpack::ExchangeApi* exchange = nullptr;  // null: `describe` is called
   py::object tensor, parameter;                   // the types of tensors that are plain
-  py::object describe;     // tensor -> (address, code, bits, *shape, *strides) or None
-  py::object is_neg;       // tensor -> bool
-  py::object contiguous;   // tensor -> tensor
-  py::object converted;    // tensor, dtype -> tensor
-  py::object empty;        // shape, strides, dtype -> tensor
-  py::object get_threads;  // -> int
-  py::object dtypes[3];    // of each Kind
-  py::tuple watchers;      // -> whether operators are traced, transformed, changed or watched
+  py::object describe;           // tensor -> (address, code, bits, *shape, *strides) or None
+  py::object is_neg;             // tensor -> bool
+  py::object any_requires_grad;  // tensors -> bool
+  py::object contiguous;         // tensor -> tensor
+  py::object converted;          // tensor, dtype -> tensor
+  py::object empty;              // shape, strides, dtype -> tensor
+  py::object get_threads;        // -> int
+  py::object dtypes[3];          // of each Kind
+  py::tuple watchers;            // -> whether operators are traced, transformed, changed or watched
 
   static Torch& get() {
     static Torch& torch = *new Torch;
@@ -216,6 +217,7 @@ inline void use_torch(const py::object& exchange, const py::dict& functions,
   torch.parameter = functions["parameter"];
   torch.describe = functions["describe"];
   torch.is_neg = functions["is_neg"];
+  torch.any_requires_grad = functions["any_requires_grad"];
   torch.contiguous = functions["contiguous"];
   torch.converted = functions["converted"];
   torch.empty = functions["empty"];

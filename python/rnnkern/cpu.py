@@ -63,10 +63,26 @@ def summed(dtype: torch.dtype) -> torch.dtype:
 
 @lru_cache(maxsize=256)
 def stack(
-    cell: str, I: int, H: int, P: int, layers: int, directions: int, bias: bool, batch_first: bool
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
 ) -> Stack:
-    """Return what runs calls of such layers (``csrc/bind/stack.h``); P = H: no projection."""
-    return Stack(get_cell(cell).index, I, H, P, layers, directions, bias, batch_first)
+    """Return what runs calls of the module with these attributes; see ``csrc/bind/stack.h``."""
+    return Stack(
+        get_cell(cell).index,
+        input_size,
+        hidden_size,
+        proj_size or hidden_size,
+        num_layers,
+        2 if bidirectional else 1,
+        bias,
+        batch_first,
+    )
 
 
 class _Cpu(Backend):

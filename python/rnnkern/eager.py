@@ -43,10 +43,7 @@ def run(
         y [T,B,D·P] and the final states; None if the general way must be taken.
     """
     if torch.is_grad_enabled():
-        if not stack.fits(input, states, weights):
-            return None
-        if torch._C._any_requires_grad(input, *(states or ()), *weights):
-            if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
-                return None  # inside an operator
-            return eager_training.run(stack, input, states, weights)
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD):
+            return None  # inside an operator
+        return eager_training.run(stack, input, states, weights)
     return stack.infer(input, states, weights)

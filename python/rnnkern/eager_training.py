@@ -20,43 +20,46 @@ from rnnkern.cells import CELLS
 
 def run(
     stack: Stack, input: Tensor, states: tuple[Tensor, ...] | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Run a stack of layers whose tensors :func:`rnnkern.eager.run` has looked at.
-
-    Returns
-    -------
-    tuple of Tensor
-        y [T,B,D·P] and the final states.
-    """
-    h0, c0 = (*(states or ()), None, None)[:2]
+) -> tuple[Tensor, ...] | None:
+    """Do what :func:`rnnkern.eager.run` does, differentiably."""
     if stack.layers == 1:
-        results: tuple[Tensor, ...] = _apply(stack, input, h0, c0, *weights)
-        return results
+        return _layer(stack, input, states, weights)
+    if not stack.fits(input, states, weights):
+        return None
     count, D = len(weights) // stack.layers, stack.directions
     y, finals = input, []
     for i in range(stack.layers):
-        both = (None if s is None else s[i * D : (i + 1) * D] for s in (h0, c0))
-        y, *final = _apply(stack.layer(i), y, *both, *weights[i * count : (i + 1) * count])
+        own = None if states is None else tuple([s[i * D : (i + 1) * D] for s in states])
+        results = _layer(stack.layer(i), y, own, weights[i * count : (i + 1) * count])
+        if results is None:
+            return None
+        y, *final = results
         finals.append(final)
     return (y, *(torch.cat(parts) for parts in zip(*finals, strict=True)))
 
 
+def _layer(
+    stack: Stack, input: Tensor, states: tuple[Tensor, ...] | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    done = stack.forward(input, states, weights)
+    if done is None:
+        return None
+    results, kept = done
+    if kept is not None:  # something has a gradient
+        h0, c0 = (*(states or ()), None, None)[:2]
+        results = _apply(stack, results, kept, input, h0, c0, *weights)
+    return results
+
+
 class _Layer(torch.autograd.Function):
-    """One layer, all its directions."""
+    """One layer, all its directions: its results and what is kept of it, and their derivative."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        stack: Stack,
-        input: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        *weights: Tensor,
+        ctx: Any, stack: Stack, results: tuple[Tensor, ...], kept: Any, *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
-        states = None if h0 is None else (h0,) if c0 is None else (h0, c0)
-        results, kept = stack.forward(input, states, weights)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, h0, c0, *kept, *weights)
+        ctx.save_for_backward(*inputs, *kept)
         ctx.stack = stack
         return results
 
@@ -64,14 +67,14 @@ class _Layer(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        kept, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         if not torch.is_grad_enabled():
-            grads = ctx.stack.backward(kept, dy, dhn, dcn, needs)
+            grads = ctx.stack.backward(saved, dy, dhn, dcn, needs)
             if grads is not None:
-                return None, *grads
+                return None, None, None, *grads
         if dy is None and dhn is None and dcn is None:
-            return None, *(None for _ in needs)
-        return None, *_general(ctx.stack, kept, (dy, dhn, dcn), needs)
+            return None, None, None, *(None for _ in needs)
+        return None, None, None, *_general(ctx.stack, saved, (dy, dhn, dcn), needs)
 
 
 # Function.apply would also unwrap tensors that have left a transform of torch.func behind; those
@@ -81,18 +84,22 @@ _apply: Any = super(torch.autograd.Function, _Layer).apply
 
 def _general(
     stack: Stack,
-    kept: Sequence[Any],
+    saved_tensors: Sequence[Any],
     incoming: tuple[Tensor | None, Tensor | None, Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Return the gradients of (input, h0, c0, *weights) that `needs` asks for, by the operator."""
     cell = list(CELLS.values())[stack.cell]
     H, P, D, bias, projection = stack.H, stack.P, stack.directions, stack.bias, stack.P != stack.H
-    input, h0, c0, gates, h_prev, saved, *weights = kept
+    input, h0, c0 = saved_tensors[:3]
+    weights, kept = saved_tensors[3 : len(needs)], saved_tensors[len(needs) :]
     B, T = input.shape[:2] if stack.batch_first else input.shape[1::-1]
     h0 = input.new_zeros(D, B, P) if h0 is None else h0
     if cell.states == 2 and c0 is None:
         c0 = input.new_zeros(D, B, H)
+    rows = T * B * D
+    sizes = [rows * cell.gates * H, rows * P, rows * cell.saved * H]
+    gates, h_prev, saved = kept[0].split(sizes) if len(kept) == 1 else kept
     saved = input.new_empty(0) if saved is None else saved
     count = len(weights) // D
 

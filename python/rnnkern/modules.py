@@ -114,23 +114,22 @@ class _Recurrent(nn.RNNBase):
             or (self.training and self.dropout > 0)
         ):
             return None
-        H = self.hidden_size
         stack = cpu.stack(
             self._cell_name(),
             self.input_size,
-            H,
-            self.proj_size or H,
+            self.hidden_size,
+            self.proj_size,
             self.num_layers,
-            2 if self.bidirectional else 1,
+            self.bidirectional,
             self.bias,
             self.batch_first,
         )
-        states = hx if hx is None or self._pairs_states else (hx,)
         found: Any = self._parameters
         try:
             weights = [found[name] for name in self._flat_weights_names]
         except KeyError:  # computed from others, by a parametrization
             return None
+        states = hx if hx is None or self._pairs_states else (hx,)
         results = eager.run(stack, input, states, weights)
         if results is None:
             return None
@@ -308,7 +307,7 @@ class _Cell(nn.RNNCellBase):
         results = None
         if not torch.compiler.is_compiling():
             I, H = self.input_size, self.hidden_size
-            stack = cpu.stack(cell.name, I, H, H, 1, 1, structure.bias, False)
+            stack = cpu.stack(cell.name, I, H, 0, 1, False, structure.bias, False)
             results = eager.run(stack, data, initial, weights)
         if results is None:
             results = layers.run(structure, data, initial, weights, one_step=True)[1]

@@ -43,6 +43,7 @@ def connect(*, exchange: bool = True) -> None:
         "parameter": Parameter,
         "describe": _describe,
         "is_neg": Tensor.is_neg,
+        "any_requires_grad": torch._C._any_requires_grad,
         "contiguous": Tensor.contiguous,
         "converted": Tensor.to,
         "empty": _empty(),
