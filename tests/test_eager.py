@@ -13,6 +13,7 @@ import torch
 from cases import KERNELS, assert_identical, use_isa
 from rnnkern import eager
 from rnnkern._native import _cpu
+from rnnkern.cells import get_cell
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -167,6 +168,32 @@ def test_only_a_state_or_the_input_has_a_gradient() -> None:
     y, (h, c) = module(x.detach(), tuple(states))
     assert y.requires_grad
     assert h.requires_grad
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("rows", [8, 3000])
+def test_what_is_kept_in_one_tensor_or_in_three(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = getattr(rnnkern, name)(16, 128)
+    x = torch.randn(rows, 1, 16, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(module(x)[0].sum(), [x, *module.parameters()])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        found = gradients()
+    assert len(kept) == 5 + (1 if rows == 8 else 2 if name == "RNN" else 3)
+    with general_way(monkeypatch):
+        assert all(map(torch.equal, found, gradients()))
+    with monkeypatch.context() as patch:
+        patch.setattr(_cpu.Stack, "backward", lambda *_: None)  # as for a graph of its own
+        assert all(map(torch.equal, found, gradients()))
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS[:5])
@@ -333,21 +360,71 @@ def test_errors_are_those_of_the_general_way() -> None:
             module(x)
 
 
-def test_the_native_calls_check_their_sizes() -> None:
-    forward = (_cpu.padded_forward_float32, 0, 1, 1, 1, 1, 1, 1)
-    backward = (_cpu.padded_backward_float32, 0, 1, 1, 1, 1, 1, 1)
-    for read, written in ((5, 6), (7, 5)):
-        with pytest.raises(ValueError, match=r"(read: expected 7|written: expected 6) addresses"):
-            forward[0](*forward[1:], 1, 1, True, False, (0,) * read, (0,) * written)
-    for read, written in ((10, 7), (11, 8)):
-        with pytest.raises(ValueError, match=r"(read: expected 11|written: expected 7) addresses"):
-            backward[0](*backward[1:], 1, True, False, False, (0,) * read, (0,) * written)
+def test_the_native_calls_check_their_arguments() -> None:
+    x, weights = torch.zeros(2, 1, 3), [torch.zeros(4, 3), torch.zeros(4, 4)]
+    with pytest.raises(ValueError, match="cell: no such index"):
+        _cpu.Stack(1000, 3, 4, 4, 1, 1, False, False)
+    stack = _cpu.Stack(get_cell("rnn_tanh").index, 3, 4, 4, 1, 1, False, False)
+    assert stack.fits(x, None, weights)
+    for given in (weights[:1], weights * 2, weights[::-1], (None, None), None):
+        assert not stack.fits(x, None, given)
+        assert stack.infer(x, None, given) is None
+        assert stack.forward(x, None, given) is None
+    for states in ([x], x, (x, x), (x,), (None,)):
+        assert not stack.fits(x, states, weights)
+    assert stack.forward(x, None, weights)[1] is None  # nothing requires a gradient
+    (kept,) = stack.forward(x, None, [w.requires_grad_() for w in weights])[1]
+    saved, dy, needs = (x, None, None, *weights, kept), torch.zeros(2, 1, 4), (True,) * 5
+    assert stack.backward(saved, dy, None, None, needs) is not None
+    for wrong in ((saved[:-1], needs), (saved, needs[:-1]), ((*saved, kept), needs)):
+        with pytest.raises(ValueError, match="one entry for each tensor"):
+            stack.backward(wrong[0], dy, None, None, wrong[1])
+    for at, other in ((5, x), (5, kept[1:]), (0, x[:1]), (3, weights[1])):
+        changed = (*saved[:at], other, *saved[at + 1 :])
+        assert stack.backward(changed, dy, None, None, needs) is None
+    assert stack.backward(saved, dy[:1], None, None, needs) is None
+    assert stack.backward(saved, None, None, None, needs) is None
+    directions = _cpu.Stack(get_cell("rnn_tanh").index, 3, 4, 4, 1, 3, False, False)
+    many = [torch.zeros(4, 3), torch.zeros(4, 4)] * 3
     with pytest.raises(ValueError, match="problem: sizes out of range"):
-        forward[0](*forward[1:], 3, 1, False, False, (0,) * 9, (0,) * 6)
-    with pytest.raises(ValueError, match="problem: sizes out of range"):
-        forward[0](*forward[1:], 1, 2, False, False, (0,) * 7, (0, 0, 0, 1, 1, 1))
-    with pytest.raises(ValueError, match="problem: sizes out of range"):
-        backward[0](*backward[1:], 3, False, False, False, (0,) * 13, (0,) * 9)
+        directions.infer(x, None, many)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mode", [torch.inference_mode, contextlib.nullcontext])
+def test_results_are_tensors_like_others(
+    grad: bool, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the native calls make, against those of the operators."""
+
+    def facts(t: Tensor) -> tuple[Any, ...]:
+        storage = t.untyped_storage()
+        return (
+            *(t.dtype, t.device, t.shape, t.stride(), t.storage_offset(), t.requires_grad),
+            *(t.is_leaf, t.is_inference(), t._version if not t.is_inference() else 0, t._base),
+            *(storage.nbytes(), storage.resizable(), t.is_pinned(), type(t)),
+        )
+
+    module, x, hx = made("LSTM", {}, torch.float32)
+    with torch.set_grad_enabled(grad), mode(), counted(monkeypatch) as taken:
+        found = flat(module(x, hx))
+    assert taken == [True]
+    with torch.set_grad_enabled(grad), mode(), general_way(monkeypatch):
+        wanted = flat(module(x, hx))
+    for name, t in found.items():
+        assert facts(t) == facts(wanted[name])
+        assert t.untyped_storage().data_ptr() not in {
+            other.untyped_storage().data_ptr() for key, other in found.items() if key != name
+        }
+
+
+def test_gradients_are_kept_as_they_are() -> None:
+    """AccumulateGrad takes a gradient that nobody else has, whole storage, without a copy."""
+    module, x, _ = made("LSTM", {}, torch.float32)
+    module(x)[0].sum().backward()
+    for p in module.parameters():
+        assert p.grad is not None
+        assert p.grad.untyped_storage().nbytes() == p.numel() * p.element_size()
 
 
 @pytest.mark.parametrize(

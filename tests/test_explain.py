@@ -122,10 +122,17 @@ def count_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return call
 
     for dtype, native in list(cpu.KERNELS.items()):
-        both = {
-            name: watched(getattr(native, name), dtype) for name in ("forward", "padded_forward")
-        }
-        monkeypatch.setitem(cpu.KERNELS, dtype, native._replace(**both))
+        patched = native._replace(forward=watched(native.forward, dtype))
+        monkeypatch.setitem(cpu.KERNELS, dtype, patched)
+
+    def forward(stack: Any, input: torch.Tensor, *others: Any) -> Any:
+        done = run(stack, input, *others)
+        if done is not None:
+            calls.append(input.dtype)
+        return done
+
+    run = _native._cpu.Stack.forward
+    monkeypatch.setattr(_native._cpu.Stack, "forward", forward)
     return calls
 
 

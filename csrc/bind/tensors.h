@@ -1,12 +1,15 @@
-// Where tensors are and how they lie, asked through DLPack's C exchange API: a table of functions
-// that a type of tensors carries as `__dlpack_c_exchange_api__`. It links nothing of torch, and
-// takes less than half as long as asking for a tensor's attributes one by one.
+// torch's tensors as the kernels read them, and new ones for what they write. Nothing of torch is
+// linked: where a tensor is and how it lies is asked through DLPack's C exchange API, a table of
+// functions that a type of tensors carries as `__dlpack_c_exchange_api__` (torch 2.10 and later),
+// otherwise of a function in Python; all else is torch's Python, looked up once and called from
+// here.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <string>
+#include <initializer_list>
+#include <utility>
 
 namespace rnnkern {
 namespace py = pybind11;
@@ -41,64 +44,186 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
-inline const dlpack::ExchangeApi& exchange_api(py::handle capsule) {
-  auto* api = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!api) throw py::error_already_set();
-  return *api;
+constexpr int kMaxRank = 3;
+
+// The types of data that have kernels, by what DLPack calls them.
+enum class Kind { float32, float64, bfloat16, other };
+
+inline Kind kind(int code, int bits) {
+  if (code == 2) return bits == 32 ? Kind::float32 : bits == 64 ? Kind::float64 : Kind::other;
+  return code == 4 && bits == 16 ? Kind::bfloat16 : Kind::other;
 }
 
-// Whether `addresses` can use what a type of tensors carries.
-inline bool reads_exchange_api(py::handle capsule) {
-  const dlpack::ExchangeApi& api = exchange_api(capsule);
+// What is used of torch; see rnnkern.plain, which hands it over. Never freed, as long as the
+// interpreter's own modules.
+struct Torch {
+  const dlpack::ExchangeApi* exchange = nullptr;  // null: `describe` is called
+  py::object tensor, parameter;                   // the types of tensors that are plain
+  py::object describe;           // tensor -> (address, code, bits, *shape, *strides) or None
+  py::object is_neg;             // tensor -> bool
+  py::object any_requires_grad;  // tensors -> bool
+  py::object contiguous;         // tensor -> tensor
+  py::object converted;          // tensor, dtype -> tensor
+  py::object empty;              // shape, strides, dtype -> tensor
+  py::object get_threads;        // -> int
+  py::object dtypes[3];          // of each Kind
+  py::tuple watchers;            // -> whether operators are traced, transformed, changed or watched
+
+  static Torch& get() {
+    static Torch& torch = *new Torch;
+    return torch;
+  }
+};
+
+inline py::object owned(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+inline py::object call(const py::object& f) { return owned(PyObject_CallNoArgs(f.ptr())); }
+inline py::object call(const py::object& f, PyObject* a) {
+  return owned(PyObject_CallOneArg(f.ptr(), a));
+}
+
+// Whether operators do now what they always do, and nobody looks at them.
+inline bool unwatched() {
+  for (py::handle watcher : Torch::get().watchers) {
+    const py::object found = owned(PyObject_CallNoArgs(watcher.ptr()));
+    if (found.ptr() == Py_False || found.ptr() == Py_None) continue;
+    const int watches = PyObject_IsTrue(found.ptr());
+    if (watches < 0) throw py::error_already_set();
+    if (watches) return false;
+  }
+  return true;
+}
+
+// A tensor's memory, the CPU's.
+struct View {
+  void* data;
+  Kind kind;
+  int rank;
+  int64_t shape[kMaxRank], strides[kMaxRank];  // strides in elements
+
+  bool has_shape(std::initializer_list<int64_t> expected) const {
+    if (rank != static_cast<int>(expected.size())) return false;
+    const int64_t* own = shape;
+    for (const int64_t size : expected) {
+      if (*own++ != size) return false;
+    }
+    return true;
+  }
+  bool dense() const {
+    int64_t elements = 1;
+    for (int i = rank - 1; i >= 0; --i) {
+      if (shape[i] != 1 && strides[i] != elements) return false;
+      elements *= shape[i];
+    }
+    return true;
+  }
+  // The same with the first two dimensions in the other order.
+  View transposed() const {
+    View v = *this;
+    std::swap(v.shape[0], v.shape[1]);
+    std::swap(v.strides[0], v.strides[1]);
+    return v;
+  }
+};
+
+// Where a tensor is; false if it has no memory of the CPU's, or no kernel reads its type.
+inline bool locate(PyObject* object, View& v) {
+  const Torch& torch = Torch::get();
+  if (torch.exchange) {
+    dlpack::Tensor t;
+    if (torch.exchange->from_object(object, &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (t.device_type != dlpack::kCpu || t.type_lanes != 1 || t.ndim > kMaxRank) return false;
+    v.data = static_cast<char*>(t.data) + t.byte_offset;
+    v.kind = kind(t.type_code, t.type_bits);
+    v.rank = t.ndim;
+    int64_t elements = 1;
+    for (int i = v.rank - 1; i >= 0; --i) {
+      v.shape[i] = t.shape[i];
+      v.strides[i] = t.strides ? t.strides[i] : elements;
+      elements *= t.shape[i];
+    }
+    return t.data && v.kind != Kind::other;
+  }
+  const py::object found = call(torch.describe, object);
+  if (found.is_none()) return false;
+  const auto values = found.cast<py::tuple>();
+  v.rank = static_cast<int>(values.size() - 3) / 2;
+  if (v.rank > kMaxRank) return false;
+  v.data = reinterpret_cast<void*>(values[0].cast<uintptr_t>());
+  v.kind = kind(values[1].cast<int>(), values[2].cast<int>());
+  for (int i = 0; i < v.rank; ++i) {
+    v.shape[i] = values[3 + i].cast<int64_t>();
+    v.strides[i] = values[3 + v.rank + i].cast<int64_t>();
+  }
+  return v.data && v.kind != Kind::other;
+}
+
+// Likewise; false too for a type whose operators may do anything, and for values that are the
+// negative of what memory has.
+inline bool look(PyObject* object, View& v) {
+  const Torch& torch = Torch::get();
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != torch.parameter.ptr() && type != torch.tensor.ptr()) return false;
+  return locate(object, v) && call(torch.is_neg, object).ptr() == Py_False;
+}
+
+inline py::tuple integers(const int64_t* values, int count) {
+  py::tuple t(count);
+  for (int i = 0; i < count; ++i)
+    PyTuple_SET_ITEM(t.ptr(), i, owned(PyLong_FromLongLong(values[i])).release().ptr());
+  return t;
+}
+
+// A new tensor, the elements of which are not set; `data` becomes its address.
+inline py::object make(Kind kind, std::initializer_list<int64_t> shape, void*& data) {
+  const int rank = static_cast<int>(shape.size());
+  int64_t strides[kMaxRank], elements = 1;
+  for (int i = rank - 1; i >= 0; --i) {
+    strides[i] = elements;
+    elements *= shape.begin()[i];
+  }
+  const Torch& torch = Torch::get();
+  const py::tuple sizes = integers(shape.begin(), rank), steps = integers(strides, rank);
+  PyObject* args[] = {sizes.ptr(), steps.ptr(), torch.dtypes[static_cast<int>(kind)].ptr()};
+  py::object made = owned(PyObject_Vectorcall(torch.empty.ptr(), args, 3, nullptr));
+  View v;
+  if (!locate(made.ptr(), v)) throw py::value_error("empty: expected a tensor in memory");
+  data = v.data;
+  return made;
+}
+
+// Whether the table of functions that a type of tensors carries can be used.
+inline bool reads_exchange_api(const dlpack::ExchangeApi& api) {
   return api.major_version == dlpack::kMajorVersion && api.from_object;
 }
 
-// Whether a tensor has this shape, with its elements side by side in memory that is the CPU's.
-inline bool is_dense(const dlpack::Tensor& t, py::handle shape) {
-  if (t.device_type != dlpack::kCpu || !PyTuple_Check(shape.ptr()) ||
-      t.ndim != PyTuple_GET_SIZE(shape.ptr()))
-    return false;
-  int64_t elements = 1;
-  for (int32_t i = t.ndim - 1; i >= 0; --i) {
-    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-    if (size == -1 && PyErr_Occurred()) throw py::error_already_set();
-    if (t.shape[i] != size) return false;
-    if (t.strides && size != 1 && t.strides[i] != elements) return false;
-    elements *= size;
+inline void use_torch(const py::object& exchange, const py::dict& functions,
+                      const py::tuple& dtypes, const py::tuple& watchers) {
+  Torch& torch = Torch::get();
+  torch.exchange = nullptr;
+  if (!exchange.is_none()) {
+    auto* api = static_cast<const dlpack::ExchangeApi*>(
+        PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (reads_exchange_api(*api)) torch.exchange = api;
   }
-  return t.data || elements == 0;
-}
-
-// The addresses of tensors that a kernel can read, each of one of `types`, with `bits` of DLPack's
-// type `code`, dense, and of its shape in `shapes`; None if one of them is not so.
-inline py::object addresses(py::handle capsule, const py::list& tensors, const py::tuple& types,
-                            int code, int bits, const py::tuple& shapes) {
-  const dlpack::ExchangeApi& api = exchange_api(capsule);
-  const size_t count = tensors.size();
-  if (shapes.size() != count)
-    throw py::value_error("shapes: expected one for each of " + std::to_string(count) + " tensors");
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  py::tuple found(count);
-  for (size_t i = 0; i < count; ++i) {
-    PyObject* object = tensors[i].ptr();
-    bool known = false;
-    for (py::handle type : types)
-      known |= reinterpret_cast<PyObject*>(Py_TYPE(object)) == type.ptr();
-    if (!known) return py::none();
-    dlpack::Tensor t;
-    if (api.from_object(object, &t) != 0) {  // no memory of its own
-      PyErr_Clear();
-      return py::none();
-    }
-    if (t.type_code != code || t.type_bits != bits || t.type_lanes != 1 || !is_dense(t, shapes[i]))
-      return py::none();
-    auto negative = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object, is_neg));
-    if (!negative) throw py::error_already_set();
-    if (negative.ptr() != Py_False) return py::none();
-    found[i] = reinterpret_cast<uintptr_t>(static_cast<char*>(t.data) + t.byte_offset);
-  }
-  return std::move(found);
+  torch.tensor = functions["tensor"];
+  torch.parameter = functions["parameter"];
+  torch.describe = functions["describe"];
+  torch.is_neg = functions["is_neg"];
+  torch.any_requires_grad = functions["any_requires_grad"];
+  torch.contiguous = functions["contiguous"];
+  torch.converted = functions["converted"];
+  torch.empty = functions["empty"];
+  torch.get_threads = functions["get_threads"];
+  for (size_t i = 0; i < 3; ++i) torch.dtypes[i] = dtypes[i];
+  torch.watchers = watchers;
 }
 
 }  // namespace rnnkern

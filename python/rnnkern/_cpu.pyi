@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 def cells() -> list[dict[str, Any]]: ...
@@ -32,51 +33,45 @@ forward_bfloat16 = forward_float32
 backward_bfloat16 = backward_float32
 plan_bfloat16 = plan_float32
 
-def padded_forward_float32(
-    cell: int,
-    threads: int,
-    T: int,
-    B: int,
-    I: int,
-    H: int,
-    P: int,
-    D: int,
-    layers: int,
-    bias: bool,
-    batch_first: bool,
-    read: tuple[int, ...],
-    written: tuple[int, ...],
-) -> None: ...
-def padded_backward_float32(
-    cell: int,
-    threads: int,
-    T: int,
-    B: int,
-    I: int,
-    H: int,
-    P: int,
-    D: int,
-    bias: bool,
-    batch_first: bool,
-    dy_batch_first: bool,
-    read: tuple[int, ...],
-    written: tuple[int, ...],
-) -> None: ...
-
-padded_forward_float64 = padded_forward_float32
-padded_backward_float64 = padded_backward_float32
-padded_forward_bfloat16 = padded_forward_float32
-padded_backward_bfloat16 = padded_backward_float32
-
 def roofline(
     quantity: str, threads: int, bytes: int, repeats: int
 ) -> tuple[float, float, int] | None: ...
-def reads_exchange_api(exchange_api: Any) -> bool: ...
-def addresses(
-    exchange_api: Any,
-    tensors: list[Any],
-    types: tuple[type, ...],
-    code: int,
-    bits: int,
-    shapes: tuple[tuple[int, ...], ...],
-) -> tuple[int, ...] | None: ...
+def use_torch(
+    exchange: Any, functions: dict[str, Any], dtypes: tuple[Any, ...], watchers: tuple[Any, ...]
+) -> None: ...
+
+class Stack:
+    def __init__(
+        self,
+        cell: int,
+        I: int,
+        H: int,
+        P: int,
+        layers: int,
+        directions: int,
+        bias: bool,
+        batch_first: bool,
+    ) -> None: ...
+    @property
+    def cell(self) -> int: ...
+    @property
+    def H(self) -> int: ...
+    @property
+    def P(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def directions(self) -> int: ...
+    @property
+    def bias(self) -> bool: ...
+    @property
+    def batch_first(self) -> bool: ...
+    def layer(self, index: int) -> Stack: ...
+    def fits(self, input: Any, states: Any, weights: Sequence[Any]) -> bool: ...
+    def infer(self, input: Any, states: Any, weights: Sequence[Any]) -> tuple[Any, ...] | None: ...
+    def forward(
+        self, input: Any, states: Any, weights: Sequence[Any]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...] | None] | None: ...
+    def backward(
+        self, saved: tuple[Any, ...], dy: Any, dhn: Any, dcn: Any, needs: tuple[bool, ...]
+    ) -> tuple[Any, ...] | None: ...

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnkern import kernels
+from rnnkern._cpu import Stack
 from rnnkern._native import _cpu
 from rnnkern.arguments import LayerInputs, Sizes
-from rnnkern.cells import Cell
+from rnnkern.cells import Cell, get_cell
 from rnnkern.checks import check_batch_sizes, check_lengths, check_order, check_resets
 from rnnkern.kernels import Backend, Backward, Steps, address
 
@@ -24,8 +25,6 @@ class Kernels(NamedTuple):
 
     forward: Callable[..., None]
     backward: Callable[..., None]
-    padded_forward: Callable[..., None]
-    padded_backward: Callable[..., None]
     plan: Callable[..., dict[str, Any]]
 
 
@@ -60,6 +59,30 @@ def computed(dtype: torch.dtype) -> torch.dtype:
 def summed(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which data of a computed type is summed."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+@lru_cache(maxsize=256)
+def stack(
+    cell: str,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    batch_first: bool,
+) -> Stack:
+    """Return what runs calls of the module with these attributes; see ``csrc/bind/stack.h``."""
+    return Stack(
+        get_cell(cell).index,
+        input_size,
+        hidden_size,
+        proj_size or hidden_size,
+        num_layers,
+        2 if bidirectional else 1,
+        bias,
+        batch_first,
+    )
 
 
 class _Cpu(Backend):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from rnnkern import eager, layers
+from rnnkern import cpu, eager, layers
 from rnnkern.cells import get_cell
 from rnnkern.layers import States, Structure
 
@@ -22,6 +22,8 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 class _Recurrent(nn.RNNBase):
     """What LSTM, GRU and RNN share: torch's argument checks around :func:`rnnkern.layers.run`."""
+
+    _pairs_states = False  # whether a state is a pair, h and c
 
     def _structure(self) -> Structure:
         return Structure(
@@ -106,30 +108,33 @@ class _Recurrent(nn.RNNBase):
 
     def _forward_eagerly(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any] | None:
         """Return the result the short way, or None if this call cannot go it."""
-        if type(input) is not Tensor or (self.training and self.dropout > 0):
+        if (
+            type(input) is not Tensor
+            or torch.compiler.is_compiling()
+            or (self.training and self.dropout > 0)
+        ):
             return None
-        cell = get_cell(self._cell_name())
-        states = hx if hx is None or cell.states == 2 else (hx,)
+        stack = cpu.stack(
+            self._cell_name(),
+            self.input_size,
+            self.hidden_size,
+            self.proj_size,
+            self.num_layers,
+            self.bidirectional,
+            self.bias,
+            self.batch_first,
+        )
         found: Any = self._parameters
         try:
             weights = [found[name] for name in self._flat_weights_names]
         except KeyError:  # computed from others, by a parametrization
             return None
-        results = eager.run(
-            cell,
-            input,
-            states,
-            weights,
-            sizes=(self.input_size, self.hidden_size, self.proj_size or self.hidden_size),
-            layers=self.num_layers,
-            directions=2 if self.bidirectional else 1,
-            bias=self.bias,
-            batch_first=self.batch_first,
-        )
+        states = hx if hx is None or self._pairs_states else (hx,)
+        results = eager.run(stack, input, states, weights)
         if results is None:
             return None
-        y, *finals = results
-        return y.transpose(0, 1) if self.batch_first else y, self._as_hidden(tuple(finals))
+        y, finals = results[0], self._as_hidden(results[1:])
+        return y.transpose(0, 1) if self.batch_first else y, finals
 
     def _as_states(self, hx: Any) -> States:
         return (hx,)
@@ -186,6 +191,8 @@ class LSTM(_Recurrent):
 
     Forward takes `lengths`, `resets` and `reset_state` besides; see there.
     """
+
+    _pairs_states = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -297,17 +304,11 @@ class _Cell(nn.RNNCellBase):
             weights += [self.bias_ih, self.bias_hh]
         self._check_sizes(x, states)
         data, initial = x.unsqueeze(0), tuple(s.unsqueeze(0) for s in states)
-        results = eager.run(
-            cell,
-            data,
-            initial,
-            weights,
-            sizes=(self.input_size, self.hidden_size, self.hidden_size),
-            layers=1,
-            directions=1,
-            bias=structure.bias,
-            batch_first=False,
-        )
+        results = None
+        if not torch.compiler.is_compiling():
+            I, H = self.input_size, self.hidden_size
+            stack = cpu.stack(cell.name, I, H, 0, 1, False, structure.bias, False)
+            results = eager.run(stack, data, initial, weights)
         if results is None:
             results = layers.run(structure, data, initial, weights, one_step=True)[1]
         finals = tuple(s.squeeze(0) for s in results[-cell.states :])
