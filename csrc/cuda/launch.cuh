@@ -84,7 +84,7 @@ Status forward_steps(const ForwardProblem<typename Product::Data>& p, const Cuda
   step.p = p;
   lay_out<Cell>(step, call);
   Queue queue(call, plan);
-  const int64_t resident = queue.resident(kernel);
+  int64_t resident = queue.resident(kernel);
   queue.elements<ForwardCall<T>>(forward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
   for (int64_t i = 0; i < p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
     step.rows = 0;
@@ -144,7 +144,7 @@ Status backward_steps(const BackwardProblem<typename Product::Data, typename Pro
   BackwardStep<T> step{p, {}, {}, {}, 0, 0};
   lay_out<Cell>(p, step.scratch, call.workspace);
   Queue queue(call, plan);
-  const int64_t resident = queue.resident(kernel);
+  int64_t resident = queue.resident(kernel);
   const auto turn = [&](const T* in, T* out, int64_t rows, int64_t columns) {
     queue.launch(transpose<T>, dim3(Queue::blocks(rows * columns, kThreads)), {}, in, out, rows,
                  columns);

@@ -81,6 +81,11 @@ class Host:
         self.library.cuda_host_multiprocessors(multiprocessors, claimed or multiprocessors)
         self.library.cuda_host_threads_of_multiprocessor(threads)
 
+    def pending_error(self) -> int:
+        """Return the error that ``cudaGetLastError`` would tell this thread; 0: none."""
+        found: int = self.library.cuda_host_pending_error()
+        return found
+
     def launches(self) -> Launches:
         """Return how many grids have been launched so far."""
         return Launches(*map(self.library.cuda_host_launches, (0, 1)))
@@ -127,6 +132,7 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     built.seed(fixed_seed)
     with built.operators():
         yield built
+    assert built.pending_error() == 0  # torch would take it for one of its own
     built.drop_barrier(-1)
     built.drop_grid_barrier(-1)
     built.drop_release(-1)

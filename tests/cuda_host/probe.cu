@@ -232,5 +232,7 @@ int probe_allow_memory(int bytes) {
                               bytes);
 }
 
+int probe_last_error() { return cudaGetLastError(); }
+
 }  // extern "C"
 #pragma GCC visibility pop

@@ -32,6 +32,7 @@ int claimed_multiprocessors = 4;  // what a device says of itself
 std::atomic<long> launches[2];    // cooperative or not
 thread_local int current_device = 0;
 thread_local std::string failure;
+thread_local cudaError_t last_error = cudaSuccess;  // what cudaGetLastError has to tell
 
 // Of each device and kernel, what cudaFuncSetAttribute allowed.
 std::mutex allowed_guard;
@@ -41,6 +42,12 @@ size_t allowed_memory(const void* kernel) {
   const std::lock_guard<std::mutex> hold(allowed_guard);
   const auto found = allowed.find({current_device, kernel});
   return found == allowed.end() ? kPlainMemory : found->second;
+}
+
+// Every call of the runtime ends in this, as CUDA's do.
+cudaError_t told(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
 }
 
 bool valid(const cudaLaunchConfig_t& config) {
@@ -58,14 +65,14 @@ cudaError_t attributes(cudaFuncAttributes* out) {
 
 cudaError_t allow_memory(const void* kernel, cudaFuncAttribute, int bytes) {
   const size_t most = kDevice[current_device].block_memory;
-  if (bytes < 0 || static_cast<size_t>(bytes) > most) return cudaErrorInvalidValue;
+  if (bytes < 0 || static_cast<size_t>(bytes) > most) return told(cudaErrorInvalidValue);
   const std::lock_guard<std::mutex> hold(allowed_guard);
   allowed[{current_device, kernel}] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
 
 cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memory) {
-  if (threads < 1) return cudaErrorInvalidValue;
+  if (threads < 1) return told(cudaErrorInvalidValue);
   const Device& device = kDevice[current_device];
   const size_t each = memory + device.reserved_memory;
   const size_t by_memory = each ? device.multiprocessor_memory / each : SIZE_MAX;
@@ -79,21 +86,21 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& call) {
   bool cooperative = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (config.attrs[i].id != cudaLaunchAttributeCooperative) return cudaErrorNotSupported;
+    if (config.attrs[i].id != cudaLaunchAttributeCooperative) return told(cudaErrorNotSupported);
     cooperative = config.attrs[i].val.cooperative != 0;
   }
-  if (!valid(config)) return cudaErrorInvalidConfiguration;
-  if (config.dynamicSmemBytes > allowed_memory(kernel)) return cudaErrorInvalidValue;
+  if (!valid(config)) return told(cudaErrorInvalidConfiguration);
+  if (config.dynamicSmemBytes > allowed_memory(kernel)) return told(cudaErrorInvalidValue);
   if (cooperative) {
-    if (!kDevice[current_device].cooperates) return cudaErrorNotSupported;
+    if (!kDevice[current_device].cooperates) return told(cudaErrorNotSupported);
     int each = 0;
     occupancy(&each, kernel, static_cast<int>(count(config.blockDim)), config.dynamicSmemBytes);
     if (count(config.gridDim) > static_cast<unsigned>(each * multiprocessors))
-      return cudaErrorCooperativeLaunchTooLarge;
+      return told(cudaErrorCooperativeLaunchTooLarge);
   }
   ++launches[cooperative];
   failure = run_grid(config, cooperative, call);
-  return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  return told(failure.empty() ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
 }  // namespace cuda_host
@@ -103,12 +110,12 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= cuda_host::kDevices) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= cuda_host::kDevices) return cuda_host::told(cudaErrorInvalidDevice);
   cuda_host::current_device = device;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || device >= cuda_host::kDevices) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= cuda_host::kDevices) return cuda_host::told(cudaErrorInvalidDevice);
   const auto answer = [&](size_t found) {
     *value = static_cast<int>(found);
     return cudaSuccess;
@@ -125,11 +132,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrCooperativeLaunch: return answer(d.cooperates);
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: return answer(d.block_memory);
   }
-  return cudaErrorInvalidValue;
+  return cuda_host::told(cudaErrorInvalidValue);
 }
 // A launch has run when cudaLaunchKernelEx returns, and has returned its error.
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = cuda_host::last_error;
+  cuda_host::last_error = cudaSuccess;
+  return error;
+}
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "cudaSuccess";
@@ -149,6 +160,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 // ---- for the tests, through ctypes --------------------------------------------------------------
 #pragma GCC visibility push(default)
 extern "C" {
+// The error that nobody has asked for yet.
+int cuda_host_pending_error() { return cuda_host::last_error; }
 // The size of all devices from here on, and what they claim, which may be more.
 void cuda_host_multiprocessors(int count, int claimed) {
   cuda_host::multiprocessors = count;

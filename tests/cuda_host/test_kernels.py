@@ -199,6 +199,12 @@ def test_a_failing_call_names_the_error_and_leaves_the_backend_usable(host: Host
     assert_matches(evaluate(args), expected(args), dtype=torch.float32)
 
 
+def test_a_plan_for_a_device_that_is_not_there_leaves_no_error(host: Host) -> None:
+    plans = plan_of(host, Case("gru"), torch.bfloat16, device=7)
+    assert {p["kind"] for p in plans.values()} == {"stepwise"}
+    assert host.pending_error() == 0
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_modules(host: Host, name: str, dtype: torch.dtype) -> None:

@@ -104,6 +104,7 @@ def probe(probe_library: ctypes.CDLL) -> Iterator[Probe]:
     probe = Probe(probe_library)
     probe.seed(1)
     yield probe
+    probe.library.probe_last_error()
     probe.multiprocessors(MULTIPROCESSORS)
     probe.drop_grid_barrier(-1)
 
@@ -237,6 +238,15 @@ def test_much_shared_memory_must_be_asked_for(probe: Probe) -> None:
         assert TOO_LARGE in probe.exchange("grid_barrier", blocks=9, memory=much)[0]
     finally:
         probe.library.probe_allow_memory(48 << 10)
+
+
+def test_an_error_is_kept_until_it_is_asked_for(probe: Probe) -> None:
+    refuse, ask = probe.library.probe_allow_memory, probe.library.probe_last_error
+    assert ask() == 0
+    assert refuse(-1) == 1  # cudaErrorInvalidValue
+    assert refuse(48 << 10) == 0
+    assert ask() == 1
+    assert ask() == 0
 
 
 def test_the_probe_is_cuda(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import (
     Case,
+    Layout,
     assert_identical,
     assert_matches,
     build,
@@ -98,6 +99,20 @@ def test_the_size_of_the_device_does_not_matter(host: Host, cell: str, dtype: to
     for blocks in (1, 7):
         host.device_size(blocks, THREADS)
         assert_identical(evaluate(args), wanted, f"{blocks} blocks")
+
+
+@pytest.mark.parametrize("cell", STAGED)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_context_that_has_less_of_the_device(host: Host, cell: str, layout: Layout) -> None:
+    """In packed data backward and the reverse direction begin with the smallest grids."""
+    args = build(of_stages(cell, T=T, B=33, H=33, layout=layout), EXACT)
+    wanted = evaluate(args)
+    before = host.launches()
+    for multiprocessors, claimed in ((2, 8), (1, 8), (3, 4)):
+        host.device_size(multiprocessors, THREADS, claimed=claimed)
+        assert_identical(evaluate(args), wanted, f"{multiprocessors} of {claimed}")
+    after = host.launches()
+    assert after.cooperative - before.cooperative == 3 * (T + T + 1)
 
 
 @pytest.mark.parametrize("threads", [THREADS - 1, THREADS])
