@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
+import rnnkern.ops  # noqa: F401  which registers the operators
 from rnnkern import cpu, cuda
 from rnnkern.arguments import LayerInputs, sizes_of
 from rnnkern.cells import Cell
 from rnnkern.checks import KERNEL_DTYPES, check_lengths, check_resets
-from rnnkern.ops import reference_layer
+from rnnkern.fallback import reference_layer
 from rnnkern.plain import alive
 
 States = tuple[Tensor, ...]

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import Case, leaves, run_op
+from cases import Case, cuda_operators, leaves, run_op
 from cuda_host.build import NAME, build, build_probe
-from rnnkern import cuda, kernels
+from rnnkern import cuda
 from rnnkern.arguments import LayerInputs
 from rnnkern.cells import get_cell
 from torch import Tensor
@@ -45,15 +44,8 @@ class Host:
     @contextmanager
     def operators(self, device: int = 0) -> Iterator[None]:
         """Run the operators on CPU tensors by the CUDA backend, on a device: 0 has tensor cores."""
-        library = torch.library.Library("rnnkern", "IMPL")
-        backend = cuda.Cuda(self.native, device)
-        for name in ("layer", "layer_backward"):
-            function = partial(getattr(kernels, name), backend)
-            library.impl(name, function, "CPU", allow_override=True)
-        try:
+        with cuda_operators(self.native, device=device):
             yield
-        finally:
-            library._destroy()
 
     def drop_barrier(self, index: int) -> None:
         """Make one barrier of every thread not wait; -1: none."""

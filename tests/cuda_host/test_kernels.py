@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from cases import (
     assert_identical,
     assert_matches,
     build,
+    cuda_extension,
     evaluate,
     expected,
     feature_cases,
@@ -24,8 +26,8 @@ from cases import (
     same_bits,
 )
 from cuda_host.conftest import Host, plan_of, shows
-from rnnkern import cuda
-from rnnkern.cells import CELLS
+from rnnkern import cuda, kernels
+from rnnkern.cells import CELLS, get_cell
 from rnnkern.ops import DIFFERENTIABLE
 from tolerances import assert_close
 from torch import nn
@@ -192,8 +194,8 @@ def test_more_steps_than_a_grid_has_rows(host: Host) -> None:
 
 def test_a_failing_call_names_the_error_and_leaves_the_backend_usable(host: Host) -> None:
     args = build(Case("gru"), torch.float32)
-    with host.operators(device=7), pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
-        run_op(args)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        kernels.layer(cuda.Cuda(host.native, device=7), *args, True)
     assert host.native.device_problem(7) != ""
     assert host.native.device_problem(0) == ""
     assert_matches(evaluate(args), expected(args), dtype=torch.float32)
@@ -235,33 +237,64 @@ def test_afterwards_the_operators_are_the_cpu_s_again(built: Host) -> None:
     assert torch.ops.rnnkern.layer(*args, True)[3].dtype == torch.float32
 
 
-def test_without_kernels_the_reason_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "cuda_module", lambda: None)
-    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
-    with pytest.warns(UserWarning, match="no CUDA kernels"):
-        assert "no CUDA compiler" in cuda.missing(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cuda.missing(0)
-    with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        cuda.layer(*build(Case("lstm")), False)
+# ---- where the kernels do not run ---------------------------------------------------------------
+def test_without_kernels_the_reason_is_told_once() -> None:
+    with cuda_extension(None, "this build has none"):
+        with pytest.warns(UserWarning, match="this build has none; the reference runs instead"):
+            assert cuda.missing(0) == "this build has none"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cuda.missing(0)
 
 
-def test_a_device_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = ["cudaErrorMemoryAllocation: out of memory", ""]
-    native = SimpleNamespace(device_problem=lambda _: told.pop(0))
-    monkeypatch.setattr(cuda, "cuda_module", lambda: native)
-    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        cuda.missing(0)
-    assert cuda.missing(0) is None
+@pytest.mark.parametrize("name", ["MemoryAllocation", "DevicesUnavailable", "IllegalAddress"])
+def test_a_device_whose_trouble_may_pass_is_asked_again(name: str) -> None:
+    told = [f"cudaError{name}: what it means", ""]
+    with cuda_extension(SimpleNamespace(device_problem=lambda _: told.pop(0))):
+        with pytest.raises(RuntimeError, match=f"device 0: cudaError{name}"):
+            cuda.missing(0)
+        assert cuda.missing(0) is None
 
 
-def test_a_device_that_the_build_does_not_know(
-    built: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda, "cuda_module", lambda: built.native)
-    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
-    assert cuda.missing(0) is None
-    with pytest.warns(UserWarning, match="cudaErrorInvalidDevice"):
-        assert "device 9" in cuda.missing(9)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("NoKernelImageForDevice", "InvalidDeviceFunction", "UnsupportedPtxVersion"),
+        *("InsufficientDriver", "InvalidDevice"),
+    ],
+)
+def test_a_device_that_will_never_do_is_asked_once(name: str) -> None:
+    told = [f"cudaError{name}: what it means"]
+    with cuda_extension(SimpleNamespace(device_problem=lambda _: told.pop())):
+        with pytest.warns(UserWarning, match=f"device 0 .cudaError{name}: what it means"):
+            reason = cuda.missing(0)
+        assert reason is not None
+        assert cuda.missing(0) == reason
+
+
+def test_a_device_that_the_build_does_not_know(built: Host) -> None:
+    with cuda_extension(built.native):
+        assert cuda.missing(0) is None
+        with pytest.warns(UserWarning, match="cudaErrorInvalidDevice"):
+            assert "device 9" in (cuda.missing(9) or "")
+
+
+def test_a_device_is_current_while_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def asked(*_: Any) -> Any:
+        assert [d.index for d in current] == [1]
+        return {}
+
+    monkeypatch.setattr(cuda, "_current", guard)
+    data = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    native = SimpleNamespace(plan_float32=asked, device_problem=lambda _: asked() or "")
+    with cuda_extension(native):
+        cuda.plan(get_cell("lstm"), data, torch.float32, 1, 1, 1, 1, 0)  # type: ignore[arg-type]
+        assert cuda.missing(1) is None
