@@ -242,7 +242,8 @@ def cuda_extension(native: Any, why_not: str = "") -> Iterator[None]:
     """Put a module, or None, in the place of rnnkern._cuda; nothing is known of its devices yet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "load_cuda", lambda: (native, why_not))
-        patch.setattr(cuda, "_missing", lru_cache(cuda._missing.__wrapped__))
+        for name in ("_missing", "_uncooperative"):
+            patch.setattr(cuda, name, lru_cache(getattr(cuda, name).__wrapped__))
         yield
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rnnkern import cuda_products, fallback, kernels
 from rnnkern._native import load_cuda
 from rnnkern.arguments import LayerInputs, Sizes
-from rnnkern.cells import Cell
+from rnnkern.cells import Cell, get_cell
 from rnnkern.checks import (
     check_batch_sizes,
     check_lengths,
@@ -40,7 +40,7 @@ _NAMES = {
 
 
 PLANS = ("stepwise", "persistent")
-_INPUT = LayerInputs._fields.index("input")
+_INPUT, _PROJECTION = map(LayerInputs._fields.index, ("input", "w_hr"))
 # What CUDA says of a device, a driver or a build and will say again. Any other error may pass.
 _LASTING = frozenset(
     f"cudaError{name}"
@@ -182,15 +182,28 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def missing(index: int) -> str | None:
+def missing(index: int, stages: int = 1) -> str | None:
     """Return why the kernels do not run on a device, with a warning the first time; or None.
+
+    Parameters
+    ----------
+    index : int
+        Of the device.
+    stages : int
+        Of a step, as `stages` has them: those of several are cooperative launches.
 
     Raises
     ------
     RuntimeError
         If the device fails for a reason that may pass, such as want of memory.
     """
-    return _missing(index)
+    reason = _missing(index)
+    return reason if reason is not None or stages == 1 else _uncooperative(index)
+
+
+def stages(cell: Cell, projects: bool) -> int:
+    """Return how many stages a step has, each of which needs all of the one before."""
+    return cell.phases + projects
 
 
 @lru_cache  # which keeps no exceptions
@@ -200,6 +213,20 @@ def _missing(index: int) -> str | None:
         with _current(torch.device("cuda", index)):
             problem = _lasting(index, native.device_problem(index))
         reason = f"the CUDA kernels do not run on device {index} ({problem})" if problem else ""
+    return _told(reason)
+
+
+@lru_cache
+def _uncooperative(index: int) -> str | None:
+    with _current(torch.device("cuda", index)):
+        problem = _lasting(index, load_cuda()[0].cooperation_problem(index))
+    reason = (
+        f"device {index} has no cooperative launches ({problem}), as a step of two stages needs"
+    )
+    return _told(reason if problem else "")
+
+
+def _told(reason: str) -> str | None:
     if reason:
         warnings.warn(f"rnnkern: {reason}; the reference runs instead", stacklevel=2)
     return reason or None
@@ -249,8 +276,9 @@ def _without_autocast() -> AbstractContextManager[object]:
 
 def run(operator: str, index: int, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Run ``layer`` or ``layer_backward`` on a device: the kernel, or the reference without one."""
+    needed = stages(get_cell(args[0]), args[_PROJECTION] is not None)
     with _without_autocast():
-        if missing(index) is not None:
+        if missing(index, needed) is not None:
             return getattr(fallback, operator)(*args)  # type: ignore[no-any-return]
         backend = Cuda(load_cuda()[0], index)
         return getattr(kernels, operator)(backend, *args)  # type: ignore[no-any-return]

@@ -7,6 +7,8 @@ blocks than the device holds at once, so that a block computes several tiles.
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from cases import (
 )
 from cuda_host.conftest import Host, Launches, shows
 from rnnkern.cells import CELLS
+from rnnkern.layers import missing_kernel
 
 EXACT, NARROW = torch.float32, torch.bfloat16
 THREADS = 128  # of a block
@@ -127,11 +130,26 @@ def test_a_device_on_which_no_block_fits(host: Host, threads: int) -> None:
 
 
 def test_a_device_without_cooperative_launches(host: Host) -> None:
-    plain, several = build(Case("lstm"), EXACT), build(of_stages("lstm"), EXACT)
+    """Steps of one stage run there; of several the reference, in the operator and the modules."""
+    plain, several = build(Case("lstm"), EXACT), [build(of_stages(cell), EXACT) for cell in STAGED]
     with host.operators(device=2):
-        with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
-            run_op(several)
+        before = host.launches()
         assert_matches(evaluate(plain), expected(plain), dtype=EXACT)
+        assert host.launches().plain > before.plain
+        before = host.launches()
+        with pytest.warns(UserWarning, match="device 2 has no cooperative launches"):
+            run_op(several[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for args in several:
+                assert_matches(evaluate(args), expected(args), dtype=EXACT)
+        assert host.launches() == before
+        there: Any = SimpleNamespace(device=torch.device("cuda", 2), dtype=EXACT)
+        for cell, projects in (("gru_reset_before", False), ("lstm", True)):
+            reason = missing_kernel(there, CELLS[cell], projects)
+            assert reason is not None
+            assert "cudaErrorNotSupported" in reason
+        assert missing_kernel(there, CELLS["lstm"], False) is None
 
 
 # ---- the test of these tests --------------------------------------------------------------------
