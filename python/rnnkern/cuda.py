@@ -28,6 +28,7 @@ from rnnkern.checks import (
     integers,
     moved,
 )
+from rnnkern.cuda_precision import exact_products, uses_tf32
 from rnnkern.kernels import Backend, Backward, Steps, address
 
 Plan: TypeAlias = dict[str, dict[str, Any]]
@@ -52,26 +53,6 @@ _LASTING = frozenset(
         *("JitCompilerNotFound", "JitCompilationDisabled"),
     )
 )
-
-
-def uses_tf32(T: int) -> bool:
-    """Return whether the recurrence may use TF32 for float32 data.
-
-    torch's layers are cuDNN's, unless that is disabled, and follow its flag; torch's cells are
-    products of their own and follow that of ``torch.backends.cuda.matmul``. A call of one step may
-    be either, and so needs both.
-    """
-    cudnn = torch.backends.cudnn
-    products = _allows_tf32(torch.backends.cuda.matmul)
-    if not cudnn.enabled:
-        return products
-    layers = _allows_tf32(cudnn.rnn) if hasattr(cudnn, "rnn") else bool(cudnn.allow_tf32)
-    return layers and (products or T > 1)
-
-
-def _allows_tf32(settings: Any) -> bool:
-    precision = getattr(settings, "fp32_precision", None)  # from torch 2.9 on
-    return bool(settings.allow_tf32 if precision is None else precision == "tf32")
 
 
 def pinned_plan() -> str:
@@ -112,11 +93,13 @@ class Cuda(Backend):
 
     def project(self, a: LayerInputs, s: Sizes, steps: Steps, save: bool) -> Tensor:
         """Return x, by one product."""
-        return cuda_products.project(a, s)
+        with exact_products(_wants_exact(a, s)):
+            return cuda_products.project(a, s)
 
     def differentiate(self, run: Backward) -> None:
         """Run the recurrence, then one product for each gradient of the input and the weights."""
-        cuda_products.differentiate(run)
+        with exact_products(_wants_exact(run.a, run.s)):
+            cuda_products.differentiate(run)
 
     def steps(self, a: LayerInputs, s: Sizes) -> Steps:
         """Return packed rows as they are, and padded ones with their lengths on the device."""
@@ -169,6 +152,11 @@ class Cuda(Backend):
         with _current(data.device):
             chosen: Plan = choose(cell.index, where, (B, H, D, P > 0))
         return chosen
+
+
+def _wants_exact(a: LayerInputs, s: Sizes) -> bool:
+    """Return whether torch would compute this layer in float32 without TF32, products and all."""
+    return a.input.dtype == torch.float32 and not uses_tf32(s.T)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -150,29 +150,6 @@ def test_a_missing_barrier_shows(
     assert shows(args, backward, drop=lambda: host.drop_barrier(barrier))
 
 
-def test_tf32_in_both_of_torch_s_ways_to_say_so() -> None:
-    for allowed, precision in ((True, "tf32"), (False, "ieee"), (False, "none")):
-        assert cuda._allows_tf32(SimpleNamespace(fp32_precision=precision)) is allowed
-        assert cuda._allows_tf32(SimpleNamespace(allow_tf32=allowed)) is allowed
-    assert cuda._allows_tf32(torch.backends.cuda.matmul) is False  # torch's default
-    assert cuda._allows_tf32(torch.backends.cudnn.rnn) is True
-
-
-@pytest.mark.parametrize("layers", [False, True], ids=["cudnn_exact", "cudnn_tf32"])
-@pytest.mark.parametrize("products", [False, True], ids=["matmul_exact", "matmul_tf32"])
-@pytest.mark.parametrize("cudnn", [False, True], ids=["without_cudnn", "with_cudnn"])
-def test_tf32_where_torch_uses_it(
-    layers: bool, products: bool, cudnn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def allows(settings: Any) -> bool:
-        return products if settings is torch.backends.cuda.matmul else layers
-
-    monkeypatch.setattr(cuda, "_allows_tf32", allows)
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
-    assert cuda.uses_tf32(T=9) == (layers if cudnn else products)
-    assert cuda.uses_tf32(T=1) == (layers and products if cudnn else products)
-
-
 # ---- what only this backend does ----------------------------------------------------------------
 @pytest.mark.parametrize("length", [-1, 6, 2**40])
 def test_wrong_lengths_on_the_device_make_their_row_nan(
