@@ -22,15 +22,18 @@ from cases import (
     expected,
     feature_cases,
     first_rows,
+    leaves,
     run_op,
     same_bits,
 )
 from cuda_host.conftest import Host, plan_of, shows
+from ops.test_opcheck import backward_arguments
 from rnnkern import cuda, kernels
 from rnnkern.cells import CELLS, get_cell
 from rnnkern.ops import DIFFERENTIABLE
 from tolerances import assert_close
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EXACT = (torch.float32, torch.float64)
 NARROW = (torch.float16, torch.bfloat16)
@@ -148,6 +151,31 @@ def test_a_missing_barrier_shows(
         pytest.skip("the product on tensor cores has one barrier")
     args = build(Case(cell, T=3, B=3, I=3, H=96), dtype)
     assert shows(args, backward, drop=lambda: host.drop_barrier(barrier))
+
+
+class InputGradients(TorchDispatchMode):
+    """What is multiplied into the second direction's part of dinput, and what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.Tensor, ...]] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), options: Any = None) -> Any:
+        before = args[0].clone() if function.overloadpacket.__name__ == "addmm_" else None
+        result = function(*args, **(options or {}))
+        if before is not None:
+            self.found.append((before, *args[1:], result.clone()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_dinput_of_both_directions_is_rounded_once(host: Host, dtype: torch.dtype) -> None:
+    args = backward_arguments(leaves(build(Case("gru", T=9, B=5, D=2), dtype)))
+    with InputGradients() as seen, torch.no_grad():
+        dinput = cuda.run("layer_backward", 0, args)[0]
+    ((first, dx, w, both),) = seen.found
+    assert torch.equal(dinput.flatten(), both.flatten())
+    assert torch.equal(both, (first.double() + dx.double() @ w.double()).to(dtype))
 
 
 # ---- what only this backend does ----------------------------------------------------------------
