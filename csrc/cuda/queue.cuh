@@ -32,11 +32,14 @@ class DeviceGuard {
 struct Carver {
   unsigned char* base;
   size_t used = 0;
+  WorkspaceWatch watch{};
 
   template <class T>
   void take(T*& array, int64_t elements) {
     array = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(elements) * sizeof(T) + 255) / 256 * 256;
+    const size_t end = used + static_cast<size_t>(elements) * sizeof(T);
+    used = (end + 255) / 256 * 256 + watch.gap;
+    if (base) watch.keep(base + end, base + used);
   }
 };
 

@@ -122,7 +122,7 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     """Run the operators on CPU tensors by the CUDA backend, with exact float32 products."""
     monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
     built.seed(fixed_seed)
-    with built.operators():
+    with built.operators(), poisoned_memory():
         yield built
     assert built.pending_error() == 0  # torch would take it for one of its own
     built.drop_barrier(-1)
@@ -130,6 +130,17 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     built.drop_release(-1)
     built.drop_wait(-1)
     built.device_size()
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Let torch fill what it allocates with NaN, as shared memory is: outputs and workspaces."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def shows(args: LayerInputs, backward: bool, drop: Callable[[], None]) -> bool:

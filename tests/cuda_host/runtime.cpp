@@ -3,9 +3,12 @@
 // Device 0 is of sm_90 and has tensor cores; device 1 is of sm_75; device 2 is like the first, but
 // refuses cooperative launches. All have few and small multiprocessors, so that grids which do not
 // fit can be tested.
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "shim.h"
 
@@ -34,6 +37,9 @@ thread_local int current_device = 0;
 thread_local std::string failure;
 thread_local cudaError_t last_error = cudaSuccess;  // what cudaGetLastError has to tell
 
+constexpr unsigned char kUntouched = 0xff;  // of which every floating-point type makes a NaN
+thread_local std::vector<std::pair<unsigned char*, unsigned char*>> gaps;
+
 // Of each device and kernel, what cudaFuncSetAttribute allowed.
 std::mutex allowed_guard;
 std::map<std::pair<int, const void*>, size_t> allowed;
@@ -48,6 +54,12 @@ size_t allowed_memory(const void* kernel) {
 cudaError_t told(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
+}
+
+bool untouched() {
+  return std::all_of(gaps.begin(), gaps.end(), [](const auto& gap) {
+    return std::all_of(gap.first, gap.second, [](unsigned char c) { return c == kUntouched; });
+  });
 }
 
 bool valid(const cudaLaunchConfig_t& config) {
@@ -82,6 +94,13 @@ cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memor
   return cudaSuccess;
 }
 
+void keep_gap(unsigned char* begin, unsigned char* end) {
+  std::fill(begin, end, kUntouched);
+  gaps.emplace_back(begin, end);
+}
+
+void forget_gaps() { gaps.clear(); }
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& call) {
   bool cooperative = false;
@@ -100,6 +119,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   }
   ++launches[cooperative];
   failure = run_grid(config, cooperative, call);
+  if (failure.empty() && !untouched()) failure = "a kernel wrote between arrays of its workspace";
   return told(failure.empty() ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
