@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,16 @@ def test_a_missing_barrier_shows(
         pytest.skip("the product on tensor cores has one barrier")
     args = build(Case(cell, T=3, B=3, I=3, H=96), dtype)
     assert shows(args, backward, drop=lambda: host.drop_barrier(barrier))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_calls_from_several_threads(host: Host, cell: str) -> None:
+    cases = [Case(cell, T=5, B=B, H=9, D=2, lengths=True, resets=True) for B in (1, 3, 8, 17)]
+    args = [build(case, torch.float32) for case in cases]
+    wanted = [evaluate(a) for a in args]
+    with ThreadPoolExecutor(len(args)) as pool:
+        for i, found in enumerate(pool.map(evaluate, args * 2)):
+            assert_identical(found, wanted[i % len(args)])
 
 
 class InputGradients(TorchDispatchMode):
