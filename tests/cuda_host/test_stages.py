@@ -26,6 +26,7 @@ from cases import (
     run_op,
 )
 from cuda_host.conftest import Host, Launches, shows
+from rnnkern import cuda
 from rnnkern.cells import CELLS
 from rnnkern.layers import missing_kernel
 
@@ -60,6 +61,7 @@ def sized(B: int, H: int) -> list[Case]:
 # ---- launches -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_one_launch_a_step(host: Host, case: Case) -> None:
+    assert (cuda.stages(CELLS[case.cell], case.P > 0) > 1) is staged(case)
     args = leaves(build(case, EXACT))
     before = host.launches()
     y = run_op(args)[0]
