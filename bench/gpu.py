@@ -5,12 +5,15 @@
 The two take turns in one process. A turn is timed by CUDA events around as many calls as take some
 milliseconds; printed are the medians in µs a step (of one layer), the median of the rounds' ratios
 (cuDNN's time / ours: above 1 rnnkern is faster) and, where docs/cuda.md models one, the floor's
-share of our time. Before anything is timed, the outputs of the two are compared.
+share of our time. Before anything is timed, the outputs of the two are compared. A case that the
+device has no memory for is a row that says so. The JSON also has whether torch says that its cuDNN
+takes data of the type; where it does not, torch.nn's module runs torch's own kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -163,10 +166,39 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
                 "ratio": statistics.median(x / y for x, y in times),
                 "share_of_floor": limit / (b / steps) if limit else None,
                 "largest_difference": error,
+                "torch_has_cudnn_for_it": torch.backends.cudnn.is_acceptable(leaf),
                 "same_numbers": error <= TOLERANCE[case.dtype],
             }
         )
     return rows
+
+
+def out_of_memory(case: Case) -> dict[str, Any]:
+    """Return the row of a case that the device has no room for."""
+    return asdict(case) | {"mode": "", "out_of_memory": True}
+
+
+def as_line(case: Case, row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    if row.get("out_of_memory"):
+        return f"| {case} | out of memory | | | | |"
+    share = "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.2f}"
+    wrong = "" if row["same_numbers"] else " **outputs differ**"
+    return (
+        f"| {case} | {row['mode']} | {row['cudnn_us_a_step']:.2f} |"
+        f" {row['rnnkern_us_a_step']:.2f} | {row['ratio']:.2f}{wrong} | {share} |"
+    )
+
+
+def rows_of(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """Return the rows of a case, or one that says that it is too large for the device."""
+    try:
+        return measure(case, rounds)
+    except torch.OutOfMemoryError:
+        pass  # the traceback, which is gone after this block, holds the case's tensors
+    gc.collect()
+    torch.cuda.empty_cache()
+    return [out_of_memory(case)]
 
 
 def head() -> str:
@@ -226,19 +258,13 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     rows: list[dict[str, Any]] = []
     for case in tqdm(chosen, file=sys.stderr):
-        for row in measure(case, options.rounds):
-            share = "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.2f}"
-            wrong = "" if row["same_numbers"] else " **outputs differ**"
-            print(
-                f"| {case} | {row['mode']} | {row['cudnn_us_a_step']:.2f} |"
-                f" {row['rnnkern_us_a_step']:.2f} | {row['ratio']:.2f}{wrong} | {share} |",
-                flush=True,
-            )
+        for row in rows_of(case, options.rounds):
+            print(as_line(case, row), flush=True)
             rows.append(row)
         if options.json:
             text = json.dumps({"environment": where, "rows": rows}, indent=1)
             options.json.write_text(text + "\n")
-    return 0 if all(row["same_numbers"] for row in rows) else 1
+    return 0 if all(row.get("same_numbers", True) for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
+#include <string>
 #include <vector>
 
 namespace cg = cooperative_groups;
@@ -157,6 +159,15 @@ double cluster_microseconds(int size, int blocks, unsigned* out) {
          1e3 / kRounds;
 }
 
+// The version of the kernel's driver, e.g. 580.65.06, which the CUDA runtime does not tell.
+std::string driver_version() {
+  std::ifstream file("/proc/driver/nvidia/version");
+  for (std::string word; file >> word;) {
+    if (word.find_first_not_of("0123456789.") == std::string::npos) return word;
+  }
+  return "unknown";
+}
+
 }  // namespace
 
 int main() {
@@ -166,7 +177,10 @@ int main() {
   void* memory;
   const size_t words = size_t{2} * blocks * kThreads, buffer = 16 << 20;
   check(cudaMalloc(&memory, std::max(words * sizeof(uint64_t), buffer)), "memory");
+  int cuda = 0;
+  check(cudaDriverGetVersion(&cuda), "driver");
   std::printf("{\"device\": \"%s\", \"multiprocessors\": %d", device.name, blocks);
+  std::printf(", \"driver\": \"%s\", \"cuda_of_driver\": %d", driver_version().c_str(), cuda);
 
   std::printf(",\n \"grid_barrier_us\": {");
   for (int n = 2, first = 1; n <= blocks; n = n < blocks ? std::min(2 * n, blocks) : n + 1) {

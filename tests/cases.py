@@ -10,12 +10,15 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
+import pytest
 import torch
-from rnnkern import _native
+from rnnkern import _native, cuda
 from rnnkern.cells import CELLS
-from rnnkern.ops import DIFFERENTIABLE, LayerInputs, reference_layer
+from rnnkern.fallback import reference_layer
+from rnnkern.ops import DIFFERENTIABLE, LayerInputs
 from tolerances import Kind, assert_close
 from torch import Tensor
 
@@ -232,6 +235,33 @@ def evaluate(
 def expected(args: LayerInputs, *, needs: Iterable[str] = DIFFERENTIABLE) -> Results:
     """Return what the reference computes in float64."""
     return evaluate(cast(args, torch.float64), reference_layer, needs=needs)
+
+
+@contextmanager
+def cuda_extension(native: Any, why_not: str = "") -> Iterator[None]:
+    """Put a module, or None, in the place of rnnkern._cuda; nothing is known of its devices yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "load_cuda", lambda: (native, why_not))
+        for name in ("_missing", "_uncooperative"):
+            patch.setattr(cuda, name, lru_cache(getattr(cuda, name).__wrapped__))
+        yield
+
+
+@contextmanager
+def cuda_operators(native: Any, why_not: str = "", device: int = 0) -> Iterator[None]:
+    """Run the operators on CPU tensors as on a GPU with such an extension."""
+
+    def operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *args: cuda.run(name, device, args)
+
+    library = torch.library.Library("rnnkern", "IMPL")
+    for name in ("layer", "layer_backward"):
+        library.impl(name, operator(name), "CPU", allow_override=True)
+    try:
+        with cuda_extension(native, why_not):
+            yield
+    finally:
+        library._destroy()
 
 
 @contextmanager

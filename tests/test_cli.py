@@ -7,11 +7,16 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rnnkern
 import torch
-from rnnkern import _native, cli
+from cases import cuda_extension
+from rnnkern import _native, cli, cuda
 from rnnkern.console import machine
 from rnnkern.console.errors import CommandError
 
@@ -40,7 +45,7 @@ def test_info_tells_versions_isa_threads_and_openmp(capsys: Capture) -> None:
     assert rows["ISAs"] == ", ".join(_native.supported_isas()) + " supported"
     assert rows["threads"].split()[0] == str(torch.get_num_threads())
     assert rows["torch"] == torch.__version__
-    assert ("not built" in rows["CUDA"]) is (_native.cuda_module() is None)
+    assert ("no kernels" in rows["CUDA"]) is (_native.cuda_module() is None)
     if sys.platform == "linux":
         assert "omp" in rows["OpenMP"]
 
@@ -50,6 +55,71 @@ def test_info_needs_no_optional_package(capsys: Capture, monkeypatch: Patch) -> 
         monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(["info"]) == 0
     assert "torch" in capsys.readouterr().out
+
+
+def cuda_row(capsys: Capture) -> str:
+    assert cli.main(["info"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("CUDA"))
+    return row.removeprefix("CUDA").strip()
+
+
+def gpus(patch: Patch, *names: str) -> None:
+    """Let torch find these GPUs, none of which can be used."""
+    patch.setattr(torch.cuda, "is_available", lambda: bool(names))
+    patch.setattr(torch.cuda, "device_count", lambda: len(names))
+    patch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    patch.setattr(torch.cuda, "device", lambda _: nullcontext())
+
+
+def test_info_tells_why_there_are_no_cuda_kernels(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.delenv("RNNKERN_CUDA_PLAN", raising=False)
+    with cuda_extension(None, "this build has none"):
+        gpus(monkeypatch)
+        assert cuda_row(capsys) == "no kernels: this build has none; torch finds no device"
+        gpus(monkeypatch, "A", "B")
+        wanted = "; ".join(f"{i}: {'AB'[i]}, the reference runs (no kernels)" for i in range(2))
+        assert cuda_row(capsys) == f"no kernels: this build has none; {wanted}"
+
+
+def test_gpus_that_torch_cannot_use_are_listed(tmp_path: Path, monkeypatch: Patch) -> None:
+    gpus(monkeypatch)
+    assert machine.gpu_names(tmp_path / "nowhere") == []
+    for name, text in (("0000:01:00.0", "Model: \t\t NVIDIA T4\nIRQ: 7\n"), ("0000:02:00.0", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "information").write_text(text)
+    assert machine.gpu_names(tmp_path) == ["NVIDIA T4", "0000:02:00.0"]
+    gpus(monkeypatch, "NVIDIA T4", "B")
+    assert machine.gpu_names(tmp_path) == ["NVIDIA T4", "B"]
+
+
+def test_info_tells_of_each_gpu_what_runs_there(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setenv("RNNKERN_CUDA_PLAN", "persistent")
+    problems = ["cudaErrorInsufficientDriver: too old", ""]
+    with cuda_extension(SimpleNamespace(device_problem=problems.__getitem__)):
+        gpus(monkeypatch)
+        built, pinned = "rnnkern._cuda is built", "plan by RNNKERN_CUDA_PLAN=persistent"
+        assert cuda_row(capsys) == f"{built}; torch finds no device ({problems[0]}); {pinned}"
+        gpus(monkeypatch, "A", "B")
+        reference = f"the reference runs ({problems[0]})"
+        assert cuda_row(capsys) == f"{built}; 0: A, {reference}; 1: B, the kernels run; {pinned}"
+        monkeypatch.setenv("RNNKERN_CUDA_PLAN", "fast")
+        assert cuda_row(capsys).endswith("PLAN=fast, which is not stepwise or persistent")
+
+
+def test_an_extension_that_does_not_load(
+    tmp_path: Path, capsys: Capture, monkeypatch: Patch
+) -> None:
+    (tmp_path / f"_cuda{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    monkeypatch.setattr(rnnkern, "__path__", [str(tmp_path), *rnnkern.__path__])
+    monkeypatch.delitem(sys.modules, "rnnkern._cuda", raising=False)
+    native, why_not = _native.load_cuda.__wrapped__()
+    assert native is None
+    assert why_not.startswith("rnnkern._cuda cannot be loaded (")
+    assert str(tmp_path) in why_not
+    with cuda_extension(native, why_not):
+        assert f"no kernels: {why_not}" in cuda_row(capsys)
+        with pytest.warns(UserWarning, match="cannot be loaded .*; the reference runs instead"):
+            assert cuda.missing(0) == why_not
 
 
 def test_openmp_runtimes_are_found_once_each() -> None:

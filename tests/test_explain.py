@@ -10,6 +10,7 @@ import rnnkern
 import torch
 from cases import use_isa
 from rnnkern import _native, cpu
+from rnnkern.cells import CELLS
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -169,7 +170,7 @@ def test_other_devices_run_the_reference() -> None:
 
     from rnnkern.layers import missing_kernel
 
-    reason = missing_kernel(Elsewhere())  # type: ignore[arg-type]
+    reason = missing_kernel(Elsewhere(), CELLS["lstm"], False)  # type: ignore[arg-type]
     assert reason is not None
     assert "xpu" in reason
 

@@ -111,6 +111,7 @@ py::dict plan(int cell, const py::tuple& where, const py::tuple& sizes) {
 PYBIND11_MODULE(RNNKERN_CUDA_MODULE, m) {
   m.doc() = "rnnkern's CUDA kernels";
   m.def("device_problem", &device_problem);
+  m.def("cooperation_problem", &cooperation_problem);
   m.def("forward_float32", &forward<float>);
   m.def("forward_float64", &forward<double>);
   m.def("forward_float16", &forward<__half>);

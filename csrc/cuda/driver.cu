@@ -31,6 +31,14 @@ std::string device_problem(int device) {
   return cuda_error();
 }
 
+std::string cooperation_problem(int device) {
+  int cooperates = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device);
+  if (error == cudaSuccess && cooperates) return "";
+  device_failed(error == cudaSuccess ? cudaErrorNotSupported : error);
+  return cuda_error();
+}
+
 int cuda_cell_count() {
 #define RNNKERN_ROW(Cell) +1
   return 0 RNNKERN_CELLS(RNNKERN_ROW);

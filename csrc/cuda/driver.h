@@ -16,6 +16,8 @@ namespace rnnkern {
 
 // Why this build cannot run on a device; empty if it can.
 std::string device_problem(int device);
+// Why a device cannot run steps of several stages; empty if it can.
+std::string cooperation_problem(int device);
 // What the last call that returned Status::device_error failed with, on this thread.
 const std::string& cuda_error();
 

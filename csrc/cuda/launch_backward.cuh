@@ -68,7 +68,7 @@ Status backward_steps(const BackwardProblem<typename Product::Data, typename Pro
   step.p = p;
   lay_out<Cell>(step, call);
   Queue queue(call, plan);
-  const int64_t resident = queue.resident(kernel);
+  int64_t resident = queue.resident(kernel);
   queue_preparation<Cell, T>(queue, step);
   for (Visit& visit : step.visit) visit.now = {-1, 0, 0};
   for (int64_t i = 0; i <= p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {

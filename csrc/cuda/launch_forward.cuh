@@ -42,7 +42,7 @@ Status forward_steps(const ForwardProblem<typename Product::Data>& p, const Cuda
   step.p = p;
   lay_out<Cell>(step, call);
   Queue queue(call, plan);
-  const int64_t resident = queue.resident(kernel);
+  int64_t resident = queue.resident(kernel);
   queue.elements<ForwardCall<T>>(forward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
   for (int64_t i = 0; i < p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
     step.rows = 0;

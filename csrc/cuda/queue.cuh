@@ -15,6 +15,7 @@ class DeviceGuard {
     error_ = cudaGetDevice(&before_);
     if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
     changed_ = error_ == cudaSuccess && before_ != device;
+    if (error_ != cudaSuccess) cudaGetLastError();  // or torch's next check would find it
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);
@@ -31,11 +32,14 @@ class DeviceGuard {
 struct Carver {
   unsigned char* base;
   size_t used = 0;
+  WorkspaceWatch watch{};
 
   template <class T>
   void take(T*& array, int64_t elements) {
     array = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(elements) * sizeof(T) + 255) / 256 * 256;
+    const size_t end = used + static_cast<size_t>(elements) * sizeof(T);
+    used = (end + 255) / 256 * 256 + watch.gap;
+    if (base) watch.keep(base + end, base + used);
   }
 };
 
@@ -75,8 +79,10 @@ class Queue {
     return static_cast<int64_t>(each) * multiprocessors;
   }
 
+  // A context may have less of the device than the device says. Then `resident` shrinks until CUDA
+  // takes the grid: results do not depend on it.
   template <class Argument>
-  void step(const StepKernel<Argument>& step, int64_t resident, const Argument& argument) {
+  void step(const StepKernel<Argument>& step, int64_t& resident, const Argument& argument) {
     const int64_t tiles = static_cast<int64_t>(blocks(step.units, kUnits)) *
                           static_cast<int64_t>(blocks(argument.rows, rows_of_block_));
     const int64_t directions = argument.p.D;
@@ -87,8 +93,18 @@ class Queue {
       launch(step.kernel, grid, {step.memory, false}, argument);
     } else {
       const int64_t all = tiles * directions;
-      const dim3 grid(static_cast<unsigned>(all < resident ? all : resident));
-      launch(step.kernel, grid, {step.memory, true}, argument);
+      int64_t grid = all < resident ? all : resident;
+      const auto start = [&] {
+        return try_launch(step.kernel, dim3(static_cast<unsigned>(grid)), {step.memory, true},
+                          argument);
+      };
+      cudaError_t error = start();
+      while (error == cudaErrorCooperativeLaunchTooLarge && grid > 1) {
+        cudaGetLastError();
+        resident = grid = grid / 2;
+        error = start();
+      }
+      fail(error);
     }
   }
 
@@ -99,7 +115,12 @@ class Queue {
   template <class... Arguments>
   void launch(void (*kernel)(Arguments...), dim3 grid, const Options& options,
               Arguments... arguments) {
-    if (error_ != cudaSuccess) return;
+    fail(try_launch(kernel, grid, options, arguments...));
+  }
+  template <class... Arguments>
+  cudaError_t try_launch(void (*kernel)(Arguments...), dim3 grid, const Options& options,
+                         Arguments... arguments) {
+    if (error_ != cudaSuccess) return error_;
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
@@ -110,7 +131,7 @@ class Queue {
     config.stream = stream_;
     config.attrs = &cooperative;
     config.numAttrs = options.cooperative ? 1 : 0;
-    fail(cudaLaunchKernelEx(&config, kernel, arguments...));
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
   }
 
   static unsigned blocks(int64_t count, int64_t each) {

@@ -13,7 +13,9 @@ from typing import Any
 
 from rnnkern import _cpu
 
-__all__ = ["_cpu", "cuda_module", "isa", "select_isa", "supported_isas"]
+__all__ = ["_cpu", "cuda_module", "isa", "load_cuda", "select_isa", "supported_isas"]
+
+_WHY_NOT_BUILT = "no CUDA compiler was found, or RNNKERN_CUDA=OFF was set, when it was built"
 
 
 def isa() -> str:
@@ -45,15 +47,17 @@ def allow_oversubscription(allow: bool) -> None:
     _cpu.allow_oversubscription(allow)
 
 
-@lru_cache
 def cuda_module() -> Any:
-    """Return the module of the CUDA kernels, or None if this build has none.
+    """Return the module of the CUDA kernels, or None if there is none or it cannot be loaded."""
+    return load_cuda()[0]
 
-    Raises
-    ------
-    ImportError
-        If there is one and it cannot be loaded.
-    """
+
+@lru_cache
+def load_cuda() -> tuple[Any, str]:
+    """Return the module of the CUDA kernels, or None and why there is none."""
     if importlib.util.find_spec("rnnkern._cuda") is None:
-        return None
-    return importlib.import_module("rnnkern._cuda")
+        return None, f"this build has no CUDA kernels ({_WHY_NOT_BUILT})"
+    try:
+        return importlib.import_module("rnnkern._cuda"), ""
+    except ImportError as error:
+        return None, f"rnnkern._cuda cannot be loaded ({error})"

@@ -102,3 +102,8 @@ def sizes_of(a: LayerInputs, cell: Cell) -> Sizes:
             T = a.input.shape[1]
         N = T * B
     return Sizes(T, B, N, I, H, P, D, cell.gates)
+
+
+def kept_shapes(s: Sizes, cell: Cell) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of what forward keeps for backward: gates, h_prev and saved."""
+    return (s.N, s.D * s.G * s.H), (s.D, s.N, s.P), (s.D, s.N, cell.saved * s.H)

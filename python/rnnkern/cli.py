@@ -103,7 +103,7 @@ def later(module: str) -> Callable[[argparse.Namespace], int]:
 
 
 def print_info(args: argparse.Namespace) -> int:
-    """Print versions, instruction sets, threads and OpenMP runtimes, one a line; return 0."""
+    """Print versions, instruction sets, threads, OpenMP runtimes and GPUs; return 0."""
     native = importlib.import_module("rnnkern._native")
     pinned = os.environ.get("RNNKERN_ISA")
     rows = [
@@ -114,6 +114,7 @@ def print_info(args: argparse.Namespace) -> int:
         ("CPU", f"{machine.cpu_name()}, {machine.cpu_count()} for this process"),
         ("OpenMP", openmp_summary(machine.openmp_runtimes())),
         ("torch", torch.__version__),
+        ("GPUs", ", ".join(machine.gpu_names()) or "none found"),
         ("CUDA", importlib.import_module("rnnkern.cuda").summary()),
         ("Python", platform.python_version()),
     ]

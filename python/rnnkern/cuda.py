@@ -16,10 +16,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from rnnkern import cuda_products, kernels
-from rnnkern._native import cuda_module
+from rnnkern import cuda_products, fallback, kernels
+from rnnkern._native import load_cuda
 from rnnkern.arguments import LayerInputs, Sizes
-from rnnkern.cells import Cell
+from rnnkern.cells import Cell, get_cell
 from rnnkern.checks import (
     check_batch_sizes,
     check_lengths,
@@ -28,6 +28,7 @@ from rnnkern.checks import (
     integers,
     moved,
 )
+from rnnkern.cuda_precision import exact_products, uses_tf32
 from rnnkern.kernels import Backend, Backward, Steps, address
 
 Plan: TypeAlias = dict[str, dict[str, Any]]
@@ -40,27 +41,18 @@ _NAMES = {
 
 
 PLANS = ("stepwise", "persistent")
-_WHY_NOT = "no CUDA compiler was found, or RNNKERN_CUDA=OFF was set, when it was built"
-
-
-def uses_tf32(T: int) -> bool:
-    """Return whether the recurrence may use TF32 for float32 data.
-
-    torch's layers are cuDNN's, unless that is disabled, and follow its flag; torch's cells are
-    products of their own and follow that of ``torch.backends.cuda.matmul``. A call of one step may
-    be either, and so needs both.
-    """
-    cudnn = torch.backends.cudnn
-    products = _allows_tf32(torch.backends.cuda.matmul)
-    if not cudnn.enabled:
-        return products
-    layers = _allows_tf32(cudnn.rnn) if hasattr(cudnn, "rnn") else bool(cudnn.allow_tf32)
-    return layers and (products or T > 1)
-
-
-def _allows_tf32(settings: Any) -> bool:
-    precision = getattr(settings, "fp32_precision", None)  # from torch 2.9 on
-    return bool(settings.allow_tf32 if precision is None else precision == "tf32")
+_INPUT, _PROJECTION = map(LayerInputs._fields.index, ("input", "w_hr"))
+# What CUDA says of a device, a driver or a build and will say again. Any other error may pass.
+_LASTING = frozenset(
+    f"cudaError{name}"
+    for name in (
+        *("NoDevice", "InvalidDevice", "NotSupported"),
+        *("InsufficientDriver", "CallRequiresNewerDriver", "StubLibrary", "SystemDriverMismatch"),
+        *("NoKernelImageForDevice", "InvalidKernelImage", "InvalidDeviceFunction"),
+        *("InvalidPtx", "UnsupportedPtxVersion", "CompatNotSupportedOnDevice"),
+        *("JitCompilerNotFound", "JitCompilationDisabled"),
+    )
+)
 
 
 def pinned_plan() -> str:
@@ -101,11 +93,13 @@ class Cuda(Backend):
 
     def project(self, a: LayerInputs, s: Sizes, steps: Steps, save: bool) -> Tensor:
         """Return x, by one product."""
-        return cuda_products.project(a, s)
+        with exact_products(_wants_exact(a, s)):
+            return cuda_products.project(a, s)
 
     def differentiate(self, run: Backward) -> None:
         """Run the recurrence, then one product for each gradient of the input and the weights."""
-        cuda_products.differentiate(run)
+        with exact_products(_wants_exact(run.a, run.s)):
+            cuda_products.differentiate(run)
 
     def steps(self, a: LayerInputs, s: Sizes) -> Steps:
         """Return packed rows as they are, and padded ones with their lengths on the device."""
@@ -154,60 +148,111 @@ class Cuda(Backend):
         """Return how both passes would run; `P` is 0 without a projection."""
         device = data.device.index if data.is_cuda else self._device
         where = (device, 0, 0, uses_tf32(T), pinned_plan() == "persistent")
-        chosen: Plan = getattr(self._native, f"plan_{_NAMES[dtype]}")(
-            cell.index, where, (B, H, D, P > 0)
-        )
+        choose = getattr(self._native, f"plan_{_NAMES[dtype]}")
+        with _current(data.device):
+            chosen: Plan = choose(cell.index, where, (B, H, D, P > 0))
         return chosen
 
 
+def _wants_exact(a: LayerInputs, s: Sizes) -> bool:
+    """Return whether torch would compute this layer in float32 without TF32, products and all."""
+    return a.input.dtype == torch.float32 and not uses_tf32(s.T)
+
+
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Make a GPU current; torch's guard, unlike the runtime's, makes no context on another one."""
-    if device.type != "cuda":
+    """Make a GPU current; torch's guard, unlike the runtime's, makes no context on another one.
+
+    It cannot for a device that torch does not find, of which the kernels are asked all the same.
+    """
+    if device.type != "cuda" or device.index >= torch.cuda.device_count():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def missing(index: int) -> str | None:
-    """Return why the kernels do not run on a device, with a warning the first time; or None."""
-    return _missing(index)
+def missing(index: int, stages: int = 1) -> str | None:
+    """Return why the kernels do not run on a device, with a warning the first time; or None.
+
+    Parameters
+    ----------
+    index : int
+        Of the device.
+    stages : int
+        Of a step, as `stages` has them: those of several are cooperative launches.
+
+    Raises
+    ------
+    RuntimeError
+        If the device fails for a reason that may pass, such as want of memory.
+    """
+    reason = _missing(index)
+    return reason if reason is not None or stages == 1 else _uncooperative(index)
+
+
+def stages(cell: Cell, projects: bool) -> int:
+    """Return how many stages a step has, each of which needs all of the one before."""
+    return cell.phases + projects
+
+
+@lru_cache  # which keeps no exceptions
+def _missing(index: int) -> str | None:
+    native, reason = load_cuda()
+    if native is not None:
+        with _current(torch.device("cuda", index)):
+            problem = _lasting(index, native.device_problem(index))
+        reason = f"the CUDA kernels do not run on device {index} ({problem})" if problem else ""
+    return _told(reason)
 
 
 @lru_cache
-def _missing(index: int) -> str | None:
-    native = cuda_module()
-    if native is None:
-        reason = f"this build has no CUDA kernels ({_WHY_NOT})"
-    else:
-        with _current(torch.device("cuda", index)) if torch.cuda.is_available() else nullcontext():
-            problem: str = native.device_problem(index)
-        if problem.startswith("cudaErrorMemoryAllocation"):  # passes: no reason for the reference
-            raise RuntimeError(f"rnnkern: device {index}: {problem}")
-        reason = f"the CUDA kernels do not run on device {index} ({problem})" if problem else ""
+def _uncooperative(index: int) -> str | None:
+    with _current(torch.device("cuda", index)):
+        problem = _lasting(index, load_cuda()[0].cooperation_problem(index))
+    reason = (
+        f"device {index} has no cooperative launches ({problem}), as a step of two stages needs"
+    )
+    return _told(reason if problem else "")
+
+
+def _told(reason: str) -> str | None:
     if reason:
         warnings.warn(f"rnnkern: {reason}; the reference runs instead", stacklevel=2)
     return reason or None
+
+
+def _lasting(index: int, problem: str) -> str:
+    """Return a problem that stays as long as the process does, or ""; raise for any other."""
+    if problem and problem.partition(":")[0] not in _LASTING:
+        raise RuntimeError(f"rnnkern: device {index}: {problem}")
+    return problem
 
 
 def plan(
     cell: Cell, data: Tensor, dtype: torch.dtype, T: int, B: int, H: int, D: int, P: int
 ) -> Plan:
     """Return how the kernels would run T steps of B rows of a type, where they do."""
-    return _backend().plan(cell, data, dtype, T, B, H, D, P)
+    return Cuda(load_cuda()[0]).plan(cell, data, dtype, T, B, H, D, P)
 
 
 def summary() -> str:
-    """Return one line on this build and the devices that it finds."""
-    if cuda_module() is None:
-        return "not built (no rnnkern._cuda)"
-    count = torch.cuda.device_count()
-    if not torch.cuda.is_available() or count == 0:
-        return "rnnkern._cuda is built; torch finds no device"
-    devices = (
-        f"{i}: {torch.cuda.get_device_name(i)}, {cuda_module().device_problem(i) or 'runs'}"
-        for i in range(count)
-    )
-    return "rnnkern._cuda is built; " + "; ".join(devices)
+    """Return one line: whether there are kernels, what runs on each GPU, and a pinned plan."""
+    native, why_not = load_cuda()
+    parts = [f"no kernels: {why_not}" if native is None else "rnnkern._cuda is built"]
+    if not torch.cuda.is_available():
+        problem = "" if native is None else native.device_problem(0)
+        parts.append("torch finds no device" + (f" ({problem})" if problem else ""))
+    for i in range(torch.cuda.device_count()):
+        problem = "no kernels"
+        if native is not None:
+            with _current(torch.device("cuda", i)):
+                problem = native.device_problem(i)
+        what = f"the reference runs ({problem})" if problem else "the kernels run"
+        parts.append(f"{i}: {torch.cuda.get_device_name(i)}, {what}")
+    pinned = os.environ.get("RNNKERN_CUDA_PLAN")
+    if pinned is not None:
+        known = "" if pinned in PLANS else f", which is not {' or '.join(PLANS)}"
+        parts.append(f"plan by RNNKERN_CUDA_PLAN={pinned}{known}")
+    return "; ".join(parts)
 
 
 def _without_autocast() -> AbstractContextManager[object]:
@@ -217,20 +262,21 @@ def _without_autocast() -> AbstractContextManager[object]:
     return guard
 
 
-def _backend() -> Cuda:
-    native = cuda_module()
-    if native is None:
-        raise RuntimeError(f"rnnkern: this build has no CUDA kernels ({_WHY_NOT})")
-    return Cuda(native)
+def run(operator: str, index: int, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Run ``layer`` or ``layer_backward`` on a device: the kernel, or the reference without one."""
+    needed = stages(get_cell(args[0]), args[_PROJECTION] is not None)
+    with _without_autocast():
+        if missing(index, needed) is not None:
+            return getattr(fallback, operator)(*args)  # type: ignore[no-any-return]
+        backend = Cuda(load_cuda()[0], index)
+        return getattr(kernels, operator)(backend, *args)  # type: ignore[no-any-return]
 
 
 def layer(*args: Any) -> tuple[Tensor, ...]:
     """Run ``rnnkern::layer``."""
-    with _without_autocast():
-        return kernels.layer(_backend(), *args)
+    return run("layer", args[_INPUT].device.index, args)
 
 
 def layer_backward(*args: Any) -> tuple[Tensor, ...]:
     """Run ``rnnkern::layer_backward``."""
-    with _without_autocast():
-        return kernels.layer_backward(_backend(), *args)
+    return run("layer_backward", args[_INPUT].device.index, args)

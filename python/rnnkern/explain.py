@@ -125,7 +125,7 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
         raise TypeError(f"module: expected one of rnnkern's modules, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
     dtype = layers.autocast_dtype(data) if layers.autocasts(data) else data.dtype
-    reason = layers.missing_kernel(data)
+    reason = layers.missing_kernel(data, get_cell(name), P > 0)
     if reason is not None:
         return Explanation(name, "reference", reason, data.dtype, dtype)
     if isinstance(input, PackedSequence):

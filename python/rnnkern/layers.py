@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
+import rnnkern.ops  # noqa: F401  which registers the operators
 from rnnkern import cpu, cuda
 from rnnkern.arguments import LayerInputs, sizes_of
 from rnnkern.cells import Cell
 from rnnkern.checks import KERNEL_DTYPES, check_lengths, check_resets
-from rnnkern.ops import reference_layer
+from rnnkern.fallback import reference_layer
 from rnnkern.plain import alive
 
 States = tuple[Tensor, ...]
@@ -76,14 +77,18 @@ class Structure:
         return 2 + 2 * self.bias + self.projection
 
 
-def missing_kernel(input: Tensor) -> str | None:
-    """Return why no kernel serves `input`, or None if one does (the reference runs otherwise)."""
+def missing_kernel(input: Tensor, cell: Cell, projects: bool) -> str | None:
+    """Return why no kernel of a cell serves `input`, or None if one does.
+
+    `projects`: whether the layer has a projection. Without a kernel the reference runs.
+    """
     if input.device.type not in ("cpu", "cuda", "meta"):
         return f"no kernel for device type '{input.device.type}'"
     if input.dtype not in KERNEL_DTYPES:
         return f"no kernel for dtype {input.dtype}"
     if input.device.type == "cuda":
-        reason: str | None = cuda.missing(input.device.index or 0)
+        stages = cuda.stages(cell, projects)
+        reason: str | None = cuda.missing(input.device.index or 0, stages)
         if reason is not None:
             return reason
     if not torch.compiler.is_compiling() and (
@@ -401,7 +406,7 @@ def run_layer(
         reset_states[1] if two and reset_states is not None else None,
         batch_first,
     )
-    if missing_kernel(data) is not None:
+    if missing_kernel(data, cell, args.w_hr is not None) is not None:
         sizes = sizes_of(args, cell)
         check_resets(args, sizes)
         check_lengths(args, sizes)

@@ -18,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern import cpu, cuda, reference
+from rnnkern import cpu, cuda
 from rnnkern.arguments import (
     DIFFERENTIABLE,
     LAYER_FIELDS,
     POSITIONS,
     BackwardInputs,
     LayerInputs,
+    kept_shapes,
     sizes_of,
     split,
 )
 from rnnkern.cells import get_cell
 from rnnkern.checks import check_devices
+from rnnkern.fallback import reference_gradients
 
 _SCHEMA_TYPES = {"cell": "str", "batch_first": "bool"}
 _REQUIRED = ("input", "h0", "w_ih", "w_hh")
@@ -61,8 +63,7 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     cn = new(0) if a.c0 is None else new((s.D, s.B, s.H))
     on_gpu, dtype = a.input.device.type == "cuda", a.input.dtype
     dtype = dtype if on_gpu else cpu.BACKEND.computed(dtype)
-    shapes = ((s.N, s.D * s.G * s.H), (s.D, s.N, s.P), (s.D, s.N, cell.saved * s.H))
-    kept = [new(shape if save else 0, dtype=dtype) for shape in shapes]
+    kept = [new(shape if save else 0, dtype=dtype) for shape in kept_shapes(s, cell)]
     return y, hn, cn, *kept
 
 
@@ -156,16 +157,8 @@ def _layer_backward_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tens
             for name, on in zip(DIFFERENTIABLE, mask, strict=True)
             if on
         }
+        first = reference_gradients(a, leaves, (dy, dhn, dcn), create_graph=True)
         a = a._replace(**leaves)
-        outputs = reference_layer(a)
-        pairs = [(y, d) for y, d in zip(outputs, (dy, dhn, dcn), strict=False) if d is not None]
-        first = torch.autograd.grad(
-            [y for y, _ in pairs],
-            list(leaves.values()),
-            [d for _, d in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
         asked = dict(zip(DIFFERENTIABLE, gradients, strict=True))
         second = [
             (value, asked[name])
@@ -211,25 +204,6 @@ def _layer_backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = _LayerBackwardFunction.apply(keyset, *args)  # type: ignore[no-untyped-call]
         return outputs
     return _below_autograd(torch.ops.rnnkern.layer_backward.default, keyset, args)
-
-
-def reference_layer(a: LayerInputs) -> tuple[Tensor, ...]:
-    """Run the reference on the operator's own arguments; returns (y, hn) or (y, hn, cn)."""
-    initial = (a.h0,) if a.c0 is None else (a.h0, a.c0)
-    resets = tuple(t for t in (a.reset_h, a.reset_c) if t is not None)
-    y, states = reference.layer(
-        a.cell,
-        a.input,
-        initial,
-        a.directions,
-        batch_sizes=a.batch_sizes,
-        order=a.order,
-        lengths=a.lengths,
-        resets=a.resets,
-        reset=resets or None,
-        batch_first=a.batch_first,
-    )
-    return y, *states
 
 
 _LIBRARY.impl("layer", cpu.layer, "CPU")

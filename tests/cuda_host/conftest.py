@@ -10,16 +10,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import Case, leaves, run_op
+from cases import Case, cuda_operators, leaves, run_op
 from cuda_host.build import NAME, build, build_probe
 from filelock import FileLock
-from rnnkern import cuda, kernels
+from rnnkern import cuda
 from rnnkern.arguments import LayerInputs
 from rnnkern.cells import get_cell
 from torch import Tensor
@@ -46,15 +45,8 @@ class Host:
     @contextmanager
     def operators(self, device: int = 0) -> Iterator[None]:
         """Run the operators on CPU tensors by the CUDA backend, on a device: 0 has tensor cores."""
-        library = torch.library.Library("rnnkern", "IMPL")
-        backend = cuda.Cuda(self.native, device)
-        for name in ("layer", "layer_backward"):
-            function = partial(getattr(kernels, name), backend)
-            library.impl(name, function, "CPU", allow_override=True)
-        try:
+        with cuda_operators(self.native, device=device):
             yield
-        finally:
-            library._destroy()
 
     def drop_barrier(self, index: int) -> None:
         """Make one barrier of every thread not wait; -1: none."""
@@ -87,6 +79,11 @@ class Host:
         self.library.cuda_host_block_memory(ctypes.c_size_t(-1 if memory is None else memory))
         self.library.cuda_host_multiprocessors(multiprocessors, claimed or multiprocessors)
         self.library.cuda_host_threads_of_multiprocessor(threads)
+
+    def pending_error(self) -> int:
+        """Return the error that ``cudaGetLastError`` would tell this thread; 0: none."""
+        found: int = self.library.cuda_host_pending_error()
+        return found
 
     def launches(self) -> Launches:
         """Return how many grids have been launched so far."""
@@ -153,13 +150,25 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     """Run the operators on CPU tensors by the CUDA backend, with exact float32 products."""
     monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
     built.seed(fixed_seed)
-    with built.operators():
+    with built.operators(), poisoned_memory():
         yield built
+    assert built.pending_error() == 0  # torch would take it for one of its own
     built.drop_barrier(-1)
     built.drop_grid_barrier(-1)
     built.drop_release(-1)
     built.drop_wait(-1)
     built.device_size()
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Let torch fill what it allocates with NaN, as shared memory is: outputs and workspaces."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def shows(args: LayerInputs, backward: bool, drop: Callable[[], None]) -> bool:

@@ -179,6 +179,10 @@ const char* launch(void (*kernel)(Parameters...), int blocks, int threads, size_
   return text.c_str();
 }
 
+__global__ void write_one(float* memory, int at) {
+  if (threadIdx.x == 0) memory[at] = 1.0f;
+}
+
 }  // namespace probe
 
 #pragma GCC visibility push(default)
@@ -231,6 +235,16 @@ int probe_allow_memory(int bytes) {
   return cudaFuncSetAttribute(probe::by_grid_barrier, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               bytes);
 }
+
+// Keeps elements[1..2] of `memory` from a kernel that writes element `at`.
+const char* probe_gap(float* memory, int at) {
+  rnnkern::WorkspaceWatch watch;
+  watch.keep(reinterpret_cast<unsigned char*>(memory + 1),
+             reinterpret_cast<unsigned char*>(memory + 3));
+  return probe::launch(probe::write_one, 1, 32, 0, false, memory, at);
+}
+
+int probe_last_error() { return cudaGetLastError(); }
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -3,9 +3,12 @@
 // Device 0 is of sm_90 and has tensor cores; device 1 is of sm_75; device 2 is like the first, but
 // refuses cooperative launches. All have few and small multiprocessors, so that grids which do not
 // fit can be tested.
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <utility>
+#include <vector>
 
 #include "shim.h"
 
@@ -33,6 +36,10 @@ size_t memory_of_block = SIZE_MAX;  // less than a device has, if a test wants i
 std::atomic<long> launches[2];      // cooperative or not
 thread_local int current_device = 0;
 thread_local std::string failure;
+thread_local cudaError_t last_error = cudaSuccess;  // what cudaGetLastError has to tell
+
+constexpr unsigned char kUntouched = 0xff;  // of which every floating-point type makes a NaN
+thread_local std::vector<std::pair<unsigned char*, unsigned char*>> gaps;
 
 // Of each device and kernel, what cudaFuncSetAttribute allowed.
 std::mutex allowed_guard;
@@ -52,6 +59,18 @@ size_t allowed_memory(const void* kernel) {
   return found == allowed.end() ? kPlainMemory : found->second;
 }
 
+// Every call of the runtime ends in this, as CUDA's do.
+cudaError_t told(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+bool untouched() {
+  return std::all_of(gaps.begin(), gaps.end(), [](const auto& gap) {
+    return std::all_of(gap.first, gap.second, [](unsigned char c) { return c == kUntouched; });
+  });
+}
+
 bool valid(const cudaLaunchConfig_t& config) {
   const dim3 g = config.gridDim, b = config.blockDim;
   return g.x && g.y && g.z && g.y < 65536 && g.z < 65536 && b.x && b.y && b.z &&
@@ -67,14 +86,14 @@ cudaError_t attributes(cudaFuncAttributes* out) {
 
 cudaError_t allow_memory(const void* kernel, cudaFuncAttribute, int bytes) {
   const size_t most = block_memory_of(kDevice[current_device]);
-  if (bytes < 0 || static_cast<size_t>(bytes) > most) return cudaErrorInvalidValue;
+  if (bytes < 0 || static_cast<size_t>(bytes) > most) return told(cudaErrorInvalidValue);
   const std::lock_guard<std::mutex> hold(allowed_guard);
   allowed[{current_device, kernel}] = static_cast<size_t>(bytes);
   return cudaSuccess;
 }
 
 cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memory) {
-  if (threads < 1) return cudaErrorInvalidValue;
+  if (threads < 1) return told(cudaErrorInvalidValue);
   const Device& device = kDevice[current_device];
   const size_t each = memory + device.reserved_memory;
   const size_t by_memory = each ? multiprocessor_memory_of(device) / each : SIZE_MAX;
@@ -84,25 +103,33 @@ cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memor
   return cudaSuccess;
 }
 
+void keep_gap(unsigned char* begin, unsigned char* end) {
+  std::fill(begin, end, kUntouched);
+  gaps.emplace_back(begin, end);
+}
+
+void forget_gaps() { gaps.clear(); }
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& call) {
   bool cooperative = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (config.attrs[i].id != cudaLaunchAttributeCooperative) return cudaErrorNotSupported;
+    if (config.attrs[i].id != cudaLaunchAttributeCooperative) return told(cudaErrorNotSupported);
     cooperative = config.attrs[i].val.cooperative != 0;
   }
-  if (!valid(config)) return cudaErrorInvalidConfiguration;
-  if (config.dynamicSmemBytes > allowed_memory(kernel)) return cudaErrorInvalidValue;
+  if (!valid(config)) return told(cudaErrorInvalidConfiguration);
+  if (config.dynamicSmemBytes > allowed_memory(kernel)) return told(cudaErrorInvalidValue);
   if (cooperative) {
-    if (!kDevice[current_device].cooperates) return cudaErrorNotSupported;
+    if (!kDevice[current_device].cooperates) return told(cudaErrorNotSupported);
     int each = 0;
     occupancy(&each, kernel, static_cast<int>(count(config.blockDim)), config.dynamicSmemBytes);
     if (count(config.gridDim) > static_cast<unsigned>(each * multiprocessors))
-      return cudaErrorCooperativeLaunchTooLarge;
+      return told(cudaErrorCooperativeLaunchTooLarge);
   }
   ++launches[cooperative];
   failure = run_grid(config, cooperative, call);
-  return failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  if (failure.empty() && !untouched()) failure = "a kernel wrote between arrays of its workspace";
+  return told(failure.empty() ? cudaSuccess : cudaErrorLaunchFailure);
 }
 
 }  // namespace cuda_host
@@ -112,12 +139,12 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= cuda_host::kDevices) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= cuda_host::kDevices) return cuda_host::told(cudaErrorInvalidDevice);
   cuda_host::current_device = device;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || device >= cuda_host::kDevices) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= cuda_host::kDevices) return cuda_host::told(cudaErrorInvalidDevice);
   const auto answer = [&](size_t found) {
     *value = static_cast<int>(found);
     return cudaSuccess;
@@ -136,11 +163,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: return answer(cuda_host::block_memory_of(d));
     case cudaDevAttrReservedSharedMemoryPerBlock: return answer(d.reserved_memory);
   }
-  return cudaErrorInvalidValue;
+  return cuda_host::told(cudaErrorInvalidValue);
 }
 // A launch has run when cudaLaunchKernelEx returns, and has returned its error.
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = cuda_host::last_error;
+  cuda_host::last_error = cudaSuccess;
+  return error;
+}
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "cudaSuccess";
@@ -160,6 +191,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 // ---- for the tests, through ctypes --------------------------------------------------------------
 #pragma GCC visibility push(default)
 extern "C" {
+// The error that nobody has asked for yet.
+int cuda_host_pending_error() { return cuda_host::last_error; }
 // The size of all devices from here on, and what they claim, which may be more.
 void cuda_host_multiprocessors(int count, int claimed) {
   cuda_host::multiprocessors = count;

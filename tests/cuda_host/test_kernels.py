@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +18,23 @@ from cases import (
     assert_identical,
     assert_matches,
     build,
+    cuda_extension,
     evaluate,
     expected,
     feature_cases,
     first_rows,
+    leaves,
     run_op,
     same_bits,
 )
 from cuda_host.conftest import Host, plan_of, shows
-from rnnkern import cuda
-from rnnkern.cells import CELLS
+from ops.test_opcheck import backward_arguments
+from rnnkern import cuda, kernels
+from rnnkern.cells import CELLS, get_cell
 from rnnkern.ops import DIFFERENTIABLE
 from tolerances import assert_close
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EXACT = (torch.float32, torch.float64)
 NARROW = (torch.float16, torch.bfloat16)
@@ -148,27 +154,39 @@ def test_a_missing_barrier_shows(
     assert shows(args, backward, drop=lambda: host.drop_barrier(barrier))
 
 
-def test_tf32_in_both_of_torch_s_ways_to_say_so() -> None:
-    for allowed, precision in ((True, "tf32"), (False, "ieee"), (False, "none")):
-        assert cuda._allows_tf32(SimpleNamespace(fp32_precision=precision)) is allowed
-        assert cuda._allows_tf32(SimpleNamespace(allow_tf32=allowed)) is allowed
-    assert cuda._allows_tf32(torch.backends.cuda.matmul) is False  # torch's default
-    assert cuda._allows_tf32(torch.backends.cudnn.rnn) is True
+@pytest.mark.parametrize("cell", CELLS)
+def test_calls_from_several_threads(host: Host, cell: str) -> None:
+    cases = [Case(cell, T=5, B=B, H=9, D=2, lengths=True, resets=True) for B in (1, 3, 8, 17)]
+    args = [build(case, torch.float32) for case in cases]
+    wanted = [evaluate(a) for a in args]
+    with ThreadPoolExecutor(len(args)) as pool:
+        for i, found in enumerate(pool.map(evaluate, args * 2)):
+            assert_identical(found, wanted[i % len(args)])
 
 
-@pytest.mark.parametrize("layers", [False, True], ids=["cudnn_exact", "cudnn_tf32"])
-@pytest.mark.parametrize("products", [False, True], ids=["matmul_exact", "matmul_tf32"])
-@pytest.mark.parametrize("cudnn", [False, True], ids=["without_cudnn", "with_cudnn"])
-def test_tf32_where_torch_uses_it(
-    layers: bool, products: bool, cudnn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def allows(settings: Any) -> bool:
-        return products if settings is torch.backends.cuda.matmul else layers
+class InputGradients(TorchDispatchMode):
+    """What is multiplied into the second direction's part of dinput, and what comes of it."""
 
-    monkeypatch.setattr(cuda, "_allows_tf32", allows)
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
-    assert cuda.uses_tf32(T=9) == (layers if cudnn else products)
-    assert cuda.uses_tf32(T=1) == (layers and products if cudnn else products)
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[torch.Tensor, ...]] = []
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), options: Any = None) -> Any:
+        before = args[0].clone() if function.overloadpacket.__name__ == "addmm_" else None
+        result = function(*args, **(options or {}))
+        if before is not None:
+            self.found.append((before, *args[1:], result.clone()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_dinput_of_both_directions_is_rounded_once(host: Host, dtype: torch.dtype) -> None:
+    args = backward_arguments(leaves(build(Case("gru", T=9, B=5, D=2), dtype)))
+    with InputGradients() as seen, torch.no_grad():
+        dinput = cuda.run("layer_backward", 0, args)[0]
+    ((first, dx, w, both),) = seen.found
+    assert torch.equal(dinput.flatten(), both.flatten())
+    assert torch.equal(both, (first.double() + dx.double() @ w.double()).to(dtype))
 
 
 # ---- what only this backend does ----------------------------------------------------------------
@@ -192,11 +210,17 @@ def test_more_steps_than_a_grid_has_rows(host: Host) -> None:
 
 def test_a_failing_call_names_the_error_and_leaves_the_backend_usable(host: Host) -> None:
     args = build(Case("gru"), torch.float32)
-    with host.operators(device=7), pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
-        run_op(args)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        kernels.layer(cuda.Cuda(host.native, device=7), *args, True)
     assert host.native.device_problem(7) != ""
     assert host.native.device_problem(0) == ""
     assert_matches(evaluate(args), expected(args), dtype=torch.float32)
+
+
+def test_a_plan_for_a_device_that_is_not_there_leaves_no_error(host: Host) -> None:
+    plans = plan_of(host, Case("gru"), torch.bfloat16, device=7)
+    assert {p["kind"] for p in plans.values()} == {"stepwise"}
+    assert host.pending_error() == 0
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
@@ -229,33 +253,64 @@ def test_afterwards_the_operators_are_the_cpu_s_again(built: Host) -> None:
     assert torch.ops.rnnkern.layer(*args, True)[3].dtype == torch.float32
 
 
-def test_without_kernels_the_reason_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "cuda_module", lambda: None)
-    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
-    with pytest.warns(UserWarning, match="no CUDA kernels"):
-        assert "no CUDA compiler" in cuda.missing(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cuda.missing(0)
-    with pytest.raises(RuntimeError, match="no CUDA kernels"):
-        cuda.layer(*build(Case("lstm")), False)
+# ---- where the kernels do not run ---------------------------------------------------------------
+def test_without_kernels_the_reason_is_told_once() -> None:
+    with cuda_extension(None, "this build has none"):
+        with pytest.warns(UserWarning, match="this build has none; the reference runs instead"):
+            assert cuda.missing(0) == "this build has none"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cuda.missing(0)
 
 
-def test_a_device_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = ["cudaErrorMemoryAllocation: out of memory", ""]
-    native = SimpleNamespace(device_problem=lambda _: told.pop(0))
-    monkeypatch.setattr(cuda, "cuda_module", lambda: native)
-    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        cuda.missing(0)
-    assert cuda.missing(0) is None
+@pytest.mark.parametrize("name", ["MemoryAllocation", "DevicesUnavailable", "IllegalAddress"])
+def test_a_device_whose_trouble_may_pass_is_asked_again(name: str) -> None:
+    told = [f"cudaError{name}: what it means", ""]
+    with cuda_extension(SimpleNamespace(device_problem=lambda _: told.pop(0))):
+        with pytest.raises(RuntimeError, match=f"device 0: cudaError{name}"):
+            cuda.missing(0)
+        assert cuda.missing(0) is None
 
 
-def test_a_device_that_the_build_does_not_know(
-    built: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda, "cuda_module", lambda: built.native)
-    monkeypatch.setattr(cuda, "_missing", functools.lru_cache(cuda._missing.__wrapped__))
-    assert cuda.missing(0) is None
-    with pytest.warns(UserWarning, match="cudaErrorInvalidDevice"):
-        assert "device 9" in cuda.missing(9)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("NoKernelImageForDevice", "InvalidDeviceFunction", "UnsupportedPtxVersion"),
+        *("InsufficientDriver", "InvalidDevice"),
+    ],
+)
+def test_a_device_that_will_never_do_is_asked_once(name: str) -> None:
+    told = [f"cudaError{name}: what it means"]
+    with cuda_extension(SimpleNamespace(device_problem=lambda _: told.pop())):
+        with pytest.warns(UserWarning, match=f"device 0 .cudaError{name}: what it means"):
+            reason = cuda.missing(0)
+        assert reason is not None
+        assert cuda.missing(0) == reason
+
+
+def test_a_device_that_the_build_does_not_know(built: Host) -> None:
+    with cuda_extension(built.native):
+        assert cuda.missing(0) is None
+        with pytest.warns(UserWarning, match="cudaErrorInvalidDevice"):
+            assert "device 9" in (cuda.missing(9) or "")
+
+
+def test_a_device_is_current_while_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def asked(*_: Any) -> Any:
+        assert [d.index for d in current] == [1]
+        return {}
+
+    monkeypatch.setattr(cuda, "_current", guard)
+    data = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    native = SimpleNamespace(plan_float32=asked, device_problem=lambda _: asked() or "")
+    with cuda_extension(native):
+        cuda.plan(get_cell("lstm"), data, torch.float32, 1, 1, 1, 1, 0)  # type: ignore[arg-type]
+        assert cuda.missing(1) is None

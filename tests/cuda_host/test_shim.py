@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_host.build import HERE, ROOT
+from cuda_host.conftest import Host
 from torch import Tensor
 
 WAYS = ["grid_barrier", "counter", "atomics", "epoch"]
@@ -44,7 +45,7 @@ class Probe:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        for name in ("exchange", "shuffles", "turn", "parted"):
+        for name in ("exchange", "shuffles", "turn", "parted", "gap"):
             getattr(library, f"probe_{name}").restype = ctypes.c_char_p
 
     def seed(self, value: int) -> None:
@@ -104,6 +105,7 @@ def probe(probe_library: ctypes.CDLL) -> Iterator[Probe]:
     probe = Probe(probe_library)
     probe.seed(1)
     yield probe
+    probe.library.probe_last_error()
     probe.multiprocessors(MULTIPROCESSORS)
     probe.drop_grid_barrier(-1)
 
@@ -237,6 +239,31 @@ def test_much_shared_memory_must_be_asked_for(probe: Probe) -> None:
         assert TOO_LARGE in probe.exchange("grid_barrier", blocks=9, memory=much)[0]
     finally:
         probe.library.probe_allow_memory(48 << 10)
+
+
+def test_memory_is_poisoned(host: Host) -> None:
+    assert torch.empty(3).isnan().all()
+    assert torch.empty(3, dtype=torch.uint8).eq(255).all()
+    assert torch.empty_like(torch.zeros(3, dtype=torch.bfloat16)).isnan().all()
+
+
+def test_a_gap_between_arrays_is_watched_until_the_next_call(probe: Probe) -> None:
+    memory = torch.zeros(4)
+    for at, refused in ((0, False), (1, True), (2, True), (3, False)):
+        error = probe.launch("gap", memory, at)
+        assert ("wrote between arrays" in error) is refused
+        assert memory[at] == 1
+    assert probe.launch("gap", memory, 0) == ""
+    assert memory[1:3].isnan().all()
+
+
+def test_an_error_is_kept_until_it_is_asked_for(probe: Probe) -> None:
+    refuse, ask = probe.library.probe_allow_memory, probe.library.probe_last_error
+    assert ask() == 0
+    assert refuse(-1) == 1  # cudaErrorInvalidValue
+    assert refuse(48 << 10) == 0
+    assert ask() == 1
+    assert ask() == 0
 
 
 def test_the_probe_is_cuda(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ blocks than the device holds at once, so that a block computes several tiles.
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cases import (
     Case,
+    Layout,
     assert_identical,
     assert_matches,
     build,
@@ -23,7 +26,9 @@ from cases import (
     run_op,
 )
 from cuda_host.conftest import Host, Launches, shows
+from rnnkern import cuda
 from rnnkern.cells import CELLS
+from rnnkern.layers import missing_kernel
 
 EXACT, NARROW = torch.float32, torch.bfloat16
 THREADS = 128  # of a block
@@ -56,6 +61,7 @@ def sized(B: int, H: int) -> list[Case]:
 # ---- launches -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", FORMS, ids=str)
 def test_one_launch_a_step(host: Host, case: Case) -> None:
+    assert (cuda.stages(CELLS[case.cell], case.P > 0) > 1) is staged(case)
     args = leaves(build(case, EXACT))
     before = host.launches()
     y = run_op(args)[0]
@@ -100,6 +106,20 @@ def test_the_size_of_the_device_does_not_matter(host: Host, cell: str, dtype: to
         assert_identical(evaluate(args), wanted, f"{blocks} blocks")
 
 
+@pytest.mark.parametrize("cell", STAGED)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_context_that_has_less_of_the_device(host: Host, cell: str, layout: Layout) -> None:
+    """In packed data backward and the reverse direction begin with the smallest grids."""
+    args = build(of_stages(cell, T=T, B=33, H=33, layout=layout), EXACT)
+    wanted = evaluate(args)
+    before = host.launches()
+    for multiprocessors, claimed in ((2, 8), (1, 8), (3, 4)):
+        host.device_size(multiprocessors, THREADS, claimed=claimed)
+        assert_identical(evaluate(args), wanted, f"{multiprocessors} of {claimed}")
+    after = host.launches()
+    assert after.cooperative - before.cooperative == 3 * (T + T + 1)
+
+
 @pytest.mark.parametrize("threads", [THREADS - 1, THREADS])
 def test_a_device_on_which_no_block_fits(host: Host, threads: int) -> None:
     host.device_size(1, threads)
@@ -112,11 +132,26 @@ def test_a_device_on_which_no_block_fits(host: Host, threads: int) -> None:
 
 
 def test_a_device_without_cooperative_launches(host: Host) -> None:
-    plain, several = build(Case("lstm"), EXACT), build(of_stages("lstm"), EXACT)
+    """Steps of one stage run there; of several the reference, in the operator and the modules."""
+    plain, several = build(Case("lstm"), EXACT), [build(of_stages(cell), EXACT) for cell in STAGED]
     with host.operators(device=2):
-        with pytest.raises(RuntimeError, match="cudaErrorNotSupported"):
-            run_op(several)
+        before = host.launches()
         assert_matches(evaluate(plain), expected(plain), dtype=EXACT)
+        assert host.launches().plain > before.plain
+        before = host.launches()
+        with pytest.warns(UserWarning, match="device 2 has no cooperative launches"):
+            run_op(several[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for args in several:
+                assert_matches(evaluate(args), expected(args), dtype=EXACT)
+        assert host.launches() == before
+        there: Any = SimpleNamespace(device=torch.device("cuda", 2), dtype=EXACT)
+        for cell, projects in (("gru_reset_before", False), ("lstm", True)):
+            reason = missing_kernel(there, CELLS[cell], projects)
+            assert reason is not None
+            assert "cudaErrorNotSupported" in reason
+        assert missing_kernel(there, CELLS["lstm"], False) is None
 
 
 # ---- the test of these tests --------------------------------------------------------------------

@@ -269,7 +269,7 @@ def test_autocast(name: str, narrow: torch.dtype) -> None:
     with torch.autocast("cuda", narrow):
         wanted, found = theirs(x), ours(x)
     for a, b in zip(flat(found), flat(wanted), strict=True):
-        # Some versions of torch run cuDNN's RNN in float16 whatever type autocast is for.
+        # torch casts to float16 for cuDNN's RNN, whatever type autocast is for.
         assert a.dtype == narrow
         assert b.dtype in (narrow, torch.float16)
         torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=5e-2)

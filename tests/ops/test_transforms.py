@@ -21,8 +21,9 @@ from cases import (
 )
 from rnnkern import functional
 from rnnkern.cells import CELLS
+from rnnkern.fallback import reference_layer
 from rnnkern.functional import recurrent
-from rnnkern.ops import DIFFERENTIABLE, LayerInputs, reference_layer
+from rnnkern.ops import DIFFERENTIABLE, LayerInputs
 from tolerances import assert_close
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vjp, vmap

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 _OPENMP = re.compile(r"/lib(?:gomp|iomp5|omp5?)\b[^/]*\.(?:so|dylib)[^/]*$")
 
 
@@ -26,6 +28,23 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def gpu_names(folder: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """Return the names of the NVIDIA GPUs here, also of those that torch finds no way to use.
+
+    Parameters
+    ----------
+    folder : Path
+        Where Linux's driver describes them, one folder for each.
+    """
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = []
+    for path in sorted(folder.glob("*/information")):
+        match = re.search(r"^Model:\s*(\S.*)$", path.read_text(errors="replace"), re.MULTILINE)
+        names.append(match.group(1).strip() if match else path.parent.name)
+    return names
 
 
 def available_memory() -> int | None:

@@ -83,6 +83,9 @@ namespace cuda_host {
 cudaError_t attributes(cudaFuncAttributes* attributes);
 cudaError_t allow_memory(const void* kernel, cudaFuncAttribute attribute, int bytes);
 cudaError_t occupancy(int* blocks, const void* kernel, int threads, size_t memory);
+// Fills bytes that no kernel of this host thread may write to until they are forgotten.
+void keep_gap(unsigned char* begin, unsigned char* end);
+void forget_gaps();
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& call);
 }  // namespace cuda_host
