@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,12 @@ def test_contenders_take_turns_in_rotation() -> None:
     assert measure.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
     assert measure.spread([3.0, 1.0, 2.0]) == Spread(2.0, 1.5, 2.5)
     assert measure.spread([4.0]) == Spread(4.0, 4.0, 4.0)
+
+
+def test_a_short_call_that_is_held_up_once_is_still_timed_in_batches() -> None:
+    delays = iter([0.0, 0.005])  # of the untimed and the first timed call
+    calls = {"a": lambda: time.sleep(next(delays, 0.0))}
+    assert measure.interleave(calls, Plan(rounds=1, pause=0)).calls["a"] > 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
