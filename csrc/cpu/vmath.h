@@ -1,10 +1,11 @@
 // tanh, sigmoid and relu on packs: at most 4 ULP from the exact value in float and in double, with
 // true division. They saturate exactly, and NaN and infinities go through as in torch.
 //
-// Both rest on e^x = 2 s (1 + q) with s = 2^(n-1), x = n ln2 + r, |r| <= ln2/2 and q = e^r - 1 =
-// r + r² p(r). In float p has degree 4 and the least largest relative error of q (1.4e-8; Remez); in
-// double it is Taylor's up to r^13, where the first term left out is below half an ULP. s is half
-// the scale because it is then finite wherever e^x is. The two-part ln2 is Cody & Waite's (1980).
+// Both rest on e^x = 2 s (1 + q) with s = 2^(n-1), x = n ln2 + r, |r| <= ln2/2 and
+// q = e^r - 1 = r + r² p(r). In float p has degree 4 and the least largest relative error of q
+// (1.4e-8; Remez); in double it is Taylor's up to r^13, where the first term left out is below half
+// an ULP. s is half the scale because it is then finite wherever e^x is. The two-part ln2 is Cody &
+// Waite's (1980).
 //   sigmoid x = 1 / (1 + e^-x)
 //   tanh |x|  = E / (E + 2) with E = e^2|x| - 1 = 2 s q + (2 s - 1), exact near zero, where 2 s = 1
 #pragma once
