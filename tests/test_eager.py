@@ -480,3 +480,25 @@ def test_large_batches_are_summed_in_blocks() -> None:
     found = torch.autograd.grad(ours(x)[0], list(ours.parameters()), dy)
     for f, w in zip(found, wanted, strict=True):
         assert_close(f.double(), w, kind="gradient", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_grad_mode_inside_inference_mode_records_nothing(name: str) -> None:
+    module, x = getattr(rnnkern, name)(4, 5), torch.randn(3, 2, 4)
+    with torch.inference_mode(), torch.enable_grad():
+        y = module(x)[0]
+    assert y.is_inference()
+    assert torch.equal(y, module(x)[0])
+
+
+def test_a_module_inside_an_operator_records_nothing() -> None:
+    module, x = rnnkern.GRU(4, 5), torch.randn(3, 2, 4)
+
+    @torch.library.custom_op("rnnkern_test::gru", mutates_args=())
+    def gru(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return module(x)[0]
+
+    y = gru(x)
+    assert not y.requires_grad
+    assert torch.equal(y, module(x)[0])

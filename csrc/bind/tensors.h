@@ -87,7 +87,8 @@ inline py::object call(const py::object& f, PyObject* a) {
 
 // Whether operators do now what they always do, and nobody looks at them.
 inline bool unwatched() {
-  for (py::handle watcher : Torch::get().watchers) {
+  const py::tuple watchers = Torch::get().watchers;  // its own reference: others may connect again
+  for (py::handle watcher : watchers) {
     const py::object found = owned(PyObject_CallNoArgs(watcher.ptr()));
     if (found.ptr() == Py_False || found.ptr() == Py_None) continue;
     const int watches = PyObject_IsTrue(found.ptr());

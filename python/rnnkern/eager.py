@@ -18,7 +18,7 @@ from torch import Tensor
 from rnnkern import eager_training
 from rnnkern._cpu import Stack
 
-_AUTOGRAD = torch._C.DispatchKey.AutogradCPU
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality  # what operators and inference mode exclude
 
 
 def run(
