@@ -46,30 +46,19 @@ class Stack {
 
   // y [T,B,D·P] and the final states, or None.
   py::object infer(py::handle input, py::handle states, py::handle weights) const {
-    Operands o;
-    if (!unwatched() || !gather(input.ptr(), states.ptr(), weights.ptr(), o)) return py::none();
-    return dispatch(o.kind, [&](auto element) -> py::object {
-      PaddedForward<decltype(element)> f{};
-      py::tuple results = set_forward(o, f);
-      run([&](int threads) { return run_padded_forward(cell_, f, threads); });
-      return std::move(results);
-    });
+    return run_forward(input, states, weights,
+                       [](const Operands&, auto&, py::tuple results) { return results; });
   }
 
   // One layer in training: the results, and a tuple of what backward needs of it, which is None if
   // nothing has a gradient. That is gates, h_prev and saved or None, in one dimension each, or one
   // after another in one tensor if they are small.
   py::object forward(py::handle input, py::handle states, py::handle weights) const {
-    Operands o;
-    if (!unwatched() || !gather(input.ptr(), states.ptr(), weights.ptr(), o)) return py::none();
-    return dispatch(o.kind, [&](auto element) -> py::object {
-      PaddedForward<decltype(element)> f{};
-      py::tuple results = set_forward(o, f);
-      py::object kept = py::none();
-      if (requires_grad(input.ptr(), states.ptr(), weights.ptr())) kept = set_kept(o, f);
-      run([&](int threads) { return run_padded_forward(cell_, f, threads); });
-      return py::make_tuple(std::move(results), std::move(kept));
-    });
+    return run_forward(
+        input, states, weights, [&](const Operands& o, auto& f, const py::tuple& results) {
+          const bool keeps = requires_grad(input.ptr(), states.ptr(), weights.ptr());
+          return py::make_tuple(results, keeps ? py::object(set_kept(o, f)) : py::none());
+        });
   }
 
   // The gradients of (input, h0, c0, *weights) that `needs` asks for, from `saved`: these, and what
@@ -134,6 +123,21 @@ class Stack {
     raise(status);
   }
 
+  // The kernels write what `finish` returns: made of the results, and by it of what it sets besides.
+  template <class Finish>
+  py::object run_forward(py::handle input, py::handle states, py::handle weights,
+                         Finish&& finish) const {
+    Operands o;
+    if (!unwatched() || !gather(input.ptr(), states.ptr(), weights.ptr(), o)) return py::none();
+    return dispatch(o.kind, [&](auto element) -> py::object {
+      PaddedForward<decltype(element)> f{};
+      py::tuple results = set_forward(o, f);
+      py::object made = finish(o, f, std::move(results));
+      run([&](int threads) { return run_padded_forward(cell_, f, threads); });
+      return made;
+    });
+  }
+
   bool gather_input(PyObject* input, Operands& o) const {
     View v;
     if (!look(input, v) || v.rank != 3 || !v.dense()) return false;
@@ -167,22 +171,29 @@ class Stack {
     return found.ptr() == Py_True;
   }
 
-  // In the order of PaddedSizes.
-  bool gather_weights(PyObject* const* items, size_t count, Operands& o) const {
+  // Calls use(shape) for weight i, in the order of PaddedSizes.
+  template <class Use>
+  auto with_weight_shape(size_t i, Use&& use) const {
+    using Shape = std::initializer_list<int64_t>;
     const PaddedSizes& s = sizes_;
-    if (static_cast<int64_t>(count) != s.weight_count()) return false;
     const auto each = static_cast<size_t>(s.weights_of_direction());
     const int64_t GH = info_.gates * s.H;
+    const bool first = static_cast<int64_t>(i / each) < s.D;  // of the layers
+    const size_t which = i % each;
+    if (which == 0) return use(Shape{GH, first ? s.I : s.D * s.P});
+    if (which == 1) return use(Shape{GH, s.P});
+    if (which < 4 && s.bias) return use(Shape{GH});
+    return use(Shape{s.P, s.H});
+  }
+
+  bool gather_weights(PyObject* const* items, size_t count, Operands& o) const {
+    if (static_cast<int64_t>(count) != sizes_.weight_count()) return false;
     o.weights.resize(count);
     for (size_t i = 0; i < count; ++i) {
-      const bool first = static_cast<int64_t>(i / each) < s.D;
-      const size_t which = i % each;
-      void*& data = o.weights[i];
-      const bool good = which == 0   ? gather_one(items[i], o, {GH, first ? s.I : s.D * s.P}, data)
-                        : which == 1 ? gather_one(items[i], o, {GH, s.P}, data)
-                        : which < 4 && s.bias ? gather_one(items[i], o, {GH}, data)
-                                              : gather_one(items[i], o, {s.P, s.H}, data);
-      if (!good) return false;
+      const auto gather_it = [&](std::initializer_list<int64_t> shape) {
+        return gather_one(items[i], o, shape, o.weights[i]);
+      };
+      if (!with_weight_shape(i, gather_it)) return false;
     }
     return true;
   }
@@ -318,14 +329,12 @@ class Stack {
       b.dinitial[k] =
           static_cast<T*>(add(static_cast<size_t>(1 + k), o.kind, {s.D, s.B, state_width(s, k)}));
     const Kind summed = o.kind == Kind::bfloat16 ? Kind::float32 : o.kind;
-    const auto each = static_cast<size_t>(s.weights_of_direction());
-    const int64_t GH = info_.gates * s.H;
     std::vector<void*> dweights(count);
     for (size_t i = 0; i < count; ++i) {
-      const size_t which = i % each;
-      dweights[i] = which < 2             ? add(3 + i, summed, {GH, which == 0 ? s.I : s.P})
-                    : which < 4 && s.bias ? add(3 + i, summed, {GH})
-                                          : add(3 + i, summed, {s.P, s.H});
+      const auto add_it = [&](std::initializer_list<int64_t> shape) {
+        return add(3 + i, summed, shape);
+      };
+      dweights[i] = with_weight_shape(i, add_it);
     }
     b.dweights = reinterpret_cast<Accumulator<T>* const*>(dweights.data());
     run([&](int threads) { return run_padded_backward(cell_, b, threads); });

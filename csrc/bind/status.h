@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <new>
+#include <stdexcept>
 #include <string>
 
 #include "core/status.h"
@@ -19,8 +20,8 @@ inline void raise(Status status) {
     case Status::unknown_cell: throw py::value_error("cell: no such index in the registry");
     case Status::unsupported_type:
       throw py::value_error(std::string("bfloat16: not computed by the ISA ") + current_isa());
-    case Status::device_error: break;  // of the CUDA backend only
     case Status::bad_problem: throw py::value_error("problem: sizes out of range for this cell");
+    case Status::device_error: throw std::logic_error("an error of a device, on the CPU");
   }
 }
 

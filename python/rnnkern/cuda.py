@@ -38,8 +38,6 @@ _NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-
-
 PLANS = ("stepwise", "persistent")
 _INPUT, _PROJECTION = map(LayerInputs._fields.index, ("input", "w_hr"))
 # What CUDA says of a device, a driver or a build and will say again. Any other error may pass.
