@@ -123,7 +123,7 @@ class Stack {
     raise(status);
   }
 
-  // The kernels write what `finish` returns: made of the results, and by it of what it sets besides.
+  // The kernels write what `finish` returns, made of the results and of what it sets besides.
   template <class Finish>
   py::object run_forward(py::handle input, py::handle states, py::handle weights,
                          Finish&& finish) const {
