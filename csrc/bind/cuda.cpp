@@ -75,6 +75,7 @@ py::dict as_dict(const CudaPlan& plan) {
   d["kind"] = plan.blocks_of_group > 0 ? "persistent" : "stepwise";
   d["tensor_cores"] = plan.tensor_cores;
   d["rows_of_a_block"] = 8 * plan.row_tiles;
+  d["wide_blocks"] = plan.wide;
   d["blocks_of_a_group"] = plan.blocks_of_group;
   d["groups"] = plan.groups;
   d["resident_bytes"] = plan.resident;

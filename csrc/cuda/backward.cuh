@@ -210,12 +210,27 @@ __device__ void last_phase(const BackwardStep<T>& s, int d, int64_t j, int64_t u
   put_gradients<Cell, projected, Cell::phases - 1>(s, d, j, u, unit);
 }
 
+// use(u, j, product, in) for each unit of `units` and each row of a tile that runs now or ran
+// before, with its product.
+template <class T, int NU, int RN, class Use>
+__device__ __forceinline__ void each_unit(const BackwardStep<T>& s, const Tile& tile, int64_t units,
+                                          const Accumulator<T> (&product)[NU][1][RN], Use use) {
+#pragma unroll
+  for (int i = 0; i < NU * RN; ++i) {
+    const int64_t u = tile.unit(i / RN), j = tile.row(i % RN);
+    const Runs in = Runs::of(s.p.seq, s.visit[tile.d], j);
+    if (u < units && (in.now || in.before))
+      use(u, j, Value<Accumulator<T>>(product[i / RN][0][i % RN]), in);
+  }
+}
+
 // The product with the dr of the visit before, for rows [j0, j0 + 8·RN) of both steps.
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int NU, int RN>
 __device__ void previous_state(const BackwardStep<typename Product::Data>& s, const Tile& tile,
-                               Accumulator<typename Product::Data> (&dh)[1][RN]) {
+                               Accumulator<typename Product::Data> (&dh)[NU][1][RN]) {
   using T = typename Product::Data;
-  for (int n = 0; n < RN; ++n) dh[0][n] = 0;
+#pragma unroll
+  for (int i = 0; i < NU * RN; ++i) dh[i / RN][0][i % RN] = 0;
   if (s.visit[tile.d].before.t < 0) return;
   const BackwardScratch<T>& scratch = s.scratch[tile.d];
   Product::run(Weights<T>{scratch.first, s.p.P, phase_gates<Cell, 0> * s.p.H},
@@ -223,55 +238,46 @@ __device__ void previous_state(const BackwardStep<typename Product::Data>& s, co
 }
 
 // Without a projection: the gradient of the state, and this step's last phase.
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int NU, int RN>
 __device__ __forceinline__ void backward_enter(const BackwardStep<typename Product::Data>& s,
                                                const Tile& tile) {
   using T = typename Product::Data;
   using V = Value<Accumulator<T>>;
   const auto& p = s.p;
   const int d = tile.d;
-  Accumulator<T> product[1][RN];
+  Accumulator<T> product[NU][1][RN];
   previous_state<Cell, Product>(s, tile, product);
-  const int64_t u = tile.unit();
-#pragma unroll
-  for (int n = 0; n < RN; ++n) {
-    const int64_t j = tile.row(n);
-    const Runs in = Runs::of(p.seq, s.visit[d], j);
-    if (u >= p.H || !(in.now || in.before)) continue;
+  each_unit(s, tile, p.H, product, [&](int64_t u, int64_t j, V dh, Runs in) {
     BackwardUnit<Cell, V> unit{};
     if (in.before) fetch_direct<Cell, false>(s.scratch[d], j * p.H + u, unit);
-    enter_step(p, d, s.visit[d], in, j, u, V(product[0][n]), unit);
-    if (!in.now) continue;
+    enter_step(p, d, s.visit[d], in, j, u, dh, unit);
+    if (!in.now) return;
     unit.dnext[0] = unit.dnext[0] + fetch_dy(p, d, s.visit[d].now, j, u);
     last_phase<Cell, false>(s, d, j, u, unit);
-  }
+  });
 }
 
 // With one: the whole gradient of h, before the product that takes it through the projection.
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int NU, int RN>
 __device__ __forceinline__ void backward_enter_projected(
     const BackwardStep<typename Product::Data>& s, const Tile& tile) {
   using T = typename Product::Data;
   using V = Value<Accumulator<T>>;
   const auto& p = s.p;
   const int d = tile.d;
-  Accumulator<T> product[1][RN];
+  Accumulator<T> product[NU][1][RN];
   previous_state<Cell, Product>(s, tile, product);
-  const int64_t u = tile.unit();
-  for (int n = 0; n < RN; ++n) {
-    const int64_t j = tile.row(n);
-    const Runs in = Runs::of(p.seq, s.visit[d], j);
-    if (u >= p.P || !(in.now || in.before)) continue;
-    V dh = flow(p, d, 0, s.visit[d], in, j, u, V(product[0][n]));
-    if (!in.now) continue;
+  each_unit(s, tile, p.P, product, [&](int64_t u, int64_t j, V dh, Runs in) {
+    dh = flow(p, d, 0, s.visit[d], in, j, u, dh);
+    if (!in.now) return;
     dh = dh + fetch_dy(p, d, s.visit[d].now, j, u);
     put(s.scratch[d].dh_projected + j * p.P + u, dh);
     put(p.dir[d].dh + data_row(p.seq, p.x_rows, s.visit[d].now, j) * p.P + u, dh);
-  }
+  });
 }
 
 // dm = W_hrᵀ · dh, and the last phase.
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int NU, int RN>
 __device__ __forceinline__ void backward_unproject(const BackwardStep<typename Product::Data>& s,
                                                    const Tile& tile) {
   using T = typename Product::Data;
@@ -280,24 +286,20 @@ __device__ __forceinline__ void backward_unproject(const BackwardStep<typename P
   const int d = tile.d;
   constexpr int c = Cell::states - 1;
   const int64_t rows = s.visit[d].now.rows;
-  Accumulator<T> dm[1][RN];
+  Accumulator<T> product[NU][1][RN];
   Product::run(Weights<T>{s.scratch[d].projection, p.H, p.P},
-               Operand<T>{s.scratch[d].dh_projected, rows}, tile.u0, tile.j0, dm);
-  const int64_t u = tile.unit();
-  for (int n = 0; n < RN; ++n) {
-    const int64_t j = tile.row(n);
-    const Runs in = Runs::of(p.seq, s.visit[d], j);
-    if (u >= p.H || !(in.now || in.before)) continue;
+               Operand<T>{s.scratch[d].dh_projected, rows}, tile.u0, tile.j0, product);
+  each_unit(s, tile, p.H, product, [&](int64_t u, int64_t j, V dm, Runs in) {
     BackwardUnit<Cell, V> unit{};
     if (in.before) fetch_direct<Cell, true>(s.scratch[d], j * p.H + u, unit);
-    unit.dnext[0] = V(dm[0][n]);
+    unit.dnext[0] = dm;
     if (c == 1) unit.dnext[c] = flow(p, d, c, s.visit[d], in, j, u, unit.dprev[c]);
     if (in.now) last_phase<Cell, true>(s, d, j, u, unit);
-  }
+  });
 }
 
 // Phase 0 of a two-phase cell.
-template <class Cell, class Product, int RN, bool projected>
+template <class Cell, class Product, int NU, int RN, bool projected>
 __device__ __forceinline__ void backward_first_phase(const BackwardStep<typename Product::Data>& s,
                                                      const Tile& tile) {
   using T = typename Product::Data;
@@ -307,44 +309,44 @@ __device__ __forceinline__ void backward_first_phase(const BackwardStep<typename
   const Step& now = s.visit[d].now;
   if (tile.j0 >= now.rows) return;
   const BackwardScratch<T>& scratch = s.scratch[d];
-  Accumulator<T> dq[1][RN];
+  Accumulator<T> product[NU][1][RN];
   Product::run(Weights<T>{scratch.second, p.H, phase_gates<Cell, Cell::phases - 1> * p.H},
-               Operand<T>{scratch.dr_second, now.rows}, tile.u0, tile.j0, dq);
-  const int64_t u = tile.unit();
-  for (int n = 0; n < RN; ++n) {
-    const int64_t j = tile.row(n);
-    if (u >= p.H || !runs(p.seq, now, j)) continue;
+               Operand<T>{scratch.dr_second, now.rows}, tile.u0, tile.j0, product);
+  each_unit(s, tile, p.H, product, [&](int64_t u, int64_t j, V dq, Runs in) {
+    if (!in.now) return;
     BackwardUnit<Cell, V> unit;
     fetch_unit<Cell>(p, d, data_row(p.seq, p.x_rows, now, j), u, unit);
     fetch_direct<Cell, projected>(scratch, j * p.H + u, unit);
     unit.dnext[0] = V(scratch.dh[j * p.H + u]);
-    unit.dq = V(dq[0][n]);
+    unit.dq = dq;
     Cell::template backward<0>(unit);
     put_gradients<Cell, projected, 0>(s, d, j, u, unit);
-  }
+  });
 }
 
-template <class Cell, class Product, int RN, bool projected>
+template <class Cell, class Product, int RN, bool wide, bool projected>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     backward_step(const BackwardStep<typename Product::Data> s) {
+  constexpr int NU = kUnitTiles<1, wide>;
   const auto& p = s.p;
-  const auto enter = [&](const Tile& tile) { backward_enter<Cell, Product, RN>(s, tile); };
+  const auto enter = [&](const Tile& tile) { backward_enter<Cell, Product, NU, RN>(s, tile); };
   if constexpr (kStages<Cell, projected> == 1) {
-    only_stage<RN>(p.H, enter);
+    only_stage<NU, RN>(p.H, enter);
   } else {
     if constexpr (projected) {
-      stage<RN>(p.P, s.rows, p.D,
-                [&](const Tile& tile) { backward_enter_projected<Cell, Product, RN>(s, tile); });
+      stage<NU, RN>(p.P, s.rows, p.D, [&](const Tile& tile) {
+        backward_enter_projected<Cell, Product, NU, RN>(s, tile);
+      });
       next_stage();
-      stage<RN>(p.H, s.rows, p.D,
-                [&](const Tile& tile) { backward_unproject<Cell, Product, RN>(s, tile); });
+      stage<NU, RN>(p.H, s.rows, p.D,
+                    [&](const Tile& tile) { backward_unproject<Cell, Product, NU, RN>(s, tile); });
     } else {
-      stage<RN>(p.H, s.rows, p.D, enter);
+      stage<NU, RN>(p.H, s.rows, p.D, enter);
     }
     if constexpr (Cell::phases == 2) {
       next_stage();
-      stage<RN>(p.H, s.rows, p.D, [&](const Tile& tile) {
-        backward_first_phase<Cell, Product, RN, projected>(s, tile);
+      stage<NU, RN>(p.H, s.rows, p.D, [&](const Tile& tile) {
+        backward_first_phase<Cell, Product, NU, RN, projected>(s, tile);
       });
     }
   }

@@ -178,54 +178,62 @@ __device__ __forceinline__ void keep_gates(const ForwardProblem<T>& p, int d, in
 }
 
 // ---- one step a launch --------------------------------------------------------------------------
-template <class Cell, class Product, int RN, bool projected, int phase>
-__device__ __forceinline__ void forward_phase(const ForwardStep<typename Product::Data>& s,
-                                              const Tile& tile) {
-  using T = typename Product::Data;
-  using A = Accumulator<T>;
-  using V = Value<A>;
-  constexpr int S = Cell::states, g0 = Cell::first[phase];
-  constexpr bool is_last = phase == Cell::phases - 1;
+// One row of one unit of a phase; r are the products of the unit's gates, for all RN rows.
+template <class Cell, class T, bool projected, int phase, int NG, int RN>
+__device__ __forceinline__ void forward_unit(const ForwardStep<T>& s, const Tile& tile, int64_t u,
+                                             const Bias<Cell, Value<Accumulator<T>>>& bias,
+                                             const Accumulator<T> (&r)[NG][RN], int n) {
+  using V = Value<Accumulator<T>>;
+  constexpr int S = Cell::states;
   const ForwardProblem<T>& p = s.p;
   const int d = tile.d;
-  if (s.now[d].t < 0 || tile.j0 >= s.now[d].rows) return;
   const ForwardScratch<T>& scratch = s.scratch[d];
-
-  const int64_t width = phase == 0 ? p.P : p.H;
-  A r[phase_gates<Cell, phase>][RN];
-  Product::run(Weights<T>{p.dir[d].R + g0 * p.H * p.P, p.H, width},
-               Operand<T>{phase == 0 ? scratch.h[s.slot] : scratch.operand, s.now[d].rows}, tile.u0,
-               tile.j0, r);
-
-  const int64_t u = tile.unit();
-  const auto bias = fetch_bias<Cell, phase>(p, d, u);
-#pragma unroll
-  for (int n = 0; n < RN; ++n) {
-    const int64_t j = tile.row(n);
-    if (u >= p.H || !runs(p.seq, s.now[d], j)) continue;
-    const int64_t row = data_row(p.seq, p.x_rows, s.now[d], j);
-    ForwardUnit<Cell, V> unit;
-    fetch_gates<Cell, phase>(p, d, row, u, unit);
-    if (!Cell::projects) unit.prev[0] = fetch(scratch.h[s.slot] + j * p.P + u);
-    if (S == 2) unit.prev[S - 1] = V(scratch.c[j * p.H + u]);
-    activate<Cell, phase>(bias, r, n, unit);
-    keep_gates<Cell, phase>(p, d, row, u, unit);
-    if constexpr (!is_last) {
-      put(scratch.operand + j * p.H + u, unit.q);
+  const int64_t j = tile.row(n);
+  if (u >= p.H || !runs(p.seq, s.now[d], j)) return;
+  const int64_t row = data_row(p.seq, p.x_rows, s.now[d], j);
+  ForwardUnit<Cell, V> unit;
+  fetch_gates<Cell, phase>(p, d, row, u, unit);
+  if (!Cell::projects) unit.prev[0] = fetch(scratch.h[s.slot] + j * p.P + u);
+  if (S == 2) unit.prev[S - 1] = V(scratch.c[j * p.H + u]);
+  activate<Cell, phase>(bias, r, n, unit);
+  keep_gates<Cell, phase>(p, d, row, u, unit);
+  if constexpr (phase < Cell::phases - 1) {
+    put(scratch.operand + j * p.H + u, unit.q);
+  } else {
+    if (S == 2) put_state(s, d, S - 1, j, u, unit.next[S - 1]);
+    if constexpr (projected) {
+      put(scratch.operand + j * p.H + u, unit.next[0]);
     } else {
-      if (S == 2) put_state(s, d, S - 1, j, u, unit.next[S - 1]);
-      if constexpr (projected) {
-        put(scratch.operand + j * p.H + u, unit.next[0]);
-      } else {
-        keep_previous(s, d, j, u);
-        put_state(s, d, 0, j, u, unit.next[0]);
-      }
+      keep_previous(s, d, j, u);
+      put_state(s, d, 0, j, u, unit.next[0]);
     }
   }
 }
 
+template <class Cell, class Product, int NU, int RN, bool projected, int phase>
+__device__ __forceinline__ void forward_phase(const ForwardStep<typename Product::Data>& s,
+                                              const Tile& tile) {
+  using T = typename Product::Data;
+  const ForwardProblem<T>& p = s.p;
+  const Step& now = s.now[tile.d];
+  if (now.t < 0 || tile.j0 >= now.rows) return;
+  const ForwardScratch<T>& scratch = s.scratch[tile.d];
+  const int64_t width = phase == 0 ? p.P : p.H;
+  Accumulator<T> r[NU][phase_gates<Cell, phase>][RN];
+  Product::run(Weights<T>{p.dir[tile.d].R + Cell::first[phase] * p.H * p.P, p.H, width},
+               Operand<T>{phase == 0 ? scratch.h[s.slot] : scratch.operand, now.rows}, tile.u0,
+               tile.j0, r);
+#pragma unroll
+  for (int m = 0; m < NU; ++m) {
+    const int64_t u = tile.unit(m);
+    const auto bias = fetch_bias<Cell, phase>(p, tile.d, u);
+#pragma unroll
+    for (int n = 0; n < RN; ++n) forward_unit<Cell, T, projected, phase>(s, tile, u, bias, r[m], n);
+  }
+}
+
 // h = W_hr · m (Sak et al. 2014).
-template <class Product, int RN>
+template <class Product, int NU, int RN>
 __device__ __forceinline__ void forward_project(const ForwardStep<typename Product::Data>& s,
                                                 const Tile& tile) {
   using T = typename Product::Data;
@@ -233,37 +241,42 @@ __device__ __forceinline__ void forward_project(const ForwardStep<typename Produ
   const ForwardProblem<T>& p = s.p;
   const int d = tile.d;
   if (s.now[d].t < 0 || tile.j0 >= s.now[d].rows) return;
-  A h[1][RN];
+  A h[NU][1][RN];
   Product::run(Weights<T>{p.dir[d].W_hr, p.P, p.H}, Operand<T>{s.scratch[d].operand, s.now[d].rows},
                tile.u0, tile.j0, h);
-  const int64_t u = tile.unit();
-  for (int n = 0; n < RN; ++n) {
-    const int64_t j = tile.row(n);
+#pragma unroll
+  for (int i = 0; i < NU * RN; ++i) {
+    const int64_t u = tile.unit(i / RN), j = tile.row(i % RN);
     if (u >= p.P || !runs(p.seq, s.now[d], j)) continue;
     keep_previous(s, d, j, u);
-    put_state(s, d, 0, j, u, Value<A>(h[0][n]));
+    put_state(s, d, 0, j, u, Value<A>(h[i / RN][0][i % RN]));
   }
 }
 
-template <class Cell, class Product, int RN, bool projected>
+template <class Cell, class Product, int RN, bool wide, bool projected>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     forward_step(const ForwardStep<typename Product::Data> s) {
+  constexpr int last = Cell::phases - 1;
+  constexpr int first_tiles = kUnitTiles<phase_gates<Cell, 0>, wide>;
+  constexpr int last_tiles = kUnitTiles<phase_gates<Cell, last>, wide>;
   const auto phase_0 = [&](const Tile& tile) {
-    forward_phase<Cell, Product, RN, projected, 0>(s, tile);
+    forward_phase<Cell, Product, first_tiles, RN, projected, 0>(s, tile);
   };
   if constexpr (kStages<Cell, projected> == 1) {
-    only_stage<RN>(s.p.H, phase_0);
+    only_stage<first_tiles, RN>(s.p.H, phase_0);
   } else {
-    stage<RN>(s.p.H, s.rows, s.p.D, phase_0);
-    if constexpr (Cell::phases == 2) {
+    stage<first_tiles, RN>(s.p.H, s.rows, s.p.D, phase_0);
+    if constexpr (last == 1) {
       next_stage();
-      stage<RN>(s.p.H, s.rows, s.p.D,
-                [&](const Tile& tile) { forward_phase<Cell, Product, RN, projected, 1>(s, tile); });
+      stage<last_tiles, RN>(s.p.H, s.rows, s.p.D, [&](const Tile& tile) {
+        forward_phase<Cell, Product, last_tiles, RN, projected, last>(s, tile);
+      });
     }
     if constexpr (projected) {
+      constexpr int tiles = kUnitTiles<1, wide>;
       next_stage();
-      stage<RN>(s.p.P, s.rows, s.p.D,
-                [&](const Tile& tile) { forward_project<Product, RN>(s, tile); });
+      stage<tiles, RN>(s.p.P, s.rows, s.p.D,
+                       [&](const Tile& tile) { forward_project<Product, tiles, RN>(s, tile); });
     }
   }
 }

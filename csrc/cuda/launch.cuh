@@ -9,22 +9,25 @@
 
 namespace rnnkern {
 
+// run(product, row tiles, wide); no kernel is wide with one row tile.
 template <class Product, class Run>
-auto with_rows(const CudaPlan& plan, Run&& run) {
-  return plan.row_tiles == 1 ? run(Product{}, std::integral_constant<int, 1>{})
-                             : run(Product{}, std::integral_constant<int, 4>{});
+auto with_tile(const CudaPlan& plan, Run&& run) {
+  using std::integral_constant;
+  if (plan.row_tiles == 1) return run(Product{}, integral_constant<int, 1>{}, std::false_type{});
+  return plan.wide ? run(Product{}, integral_constant<int, 4>{}, std::true_type{})
+                   : run(Product{}, integral_constant<int, 4>{}, std::false_type{});
 }
 
 // float64 never runs on tensor cores, float16 always: every device has them.
 template <class T, class Run>
 auto with_plan(const CudaPlan& plan, Run&& run) {
   if constexpr (std::is_same_v<T, double>) {
-    return with_rows<ExactProduct<T>>(plan, run);
+    return with_tile<ExactProduct<T>>(plan, run);
   } else if constexpr (std::is_same_v<T, __half>) {
-    return with_rows<TensorProduct<T>>(plan, run);
+    return with_tile<TensorProduct<T>>(plan, run);
   } else {
-    return plan.tensor_cores ? with_rows<TensorProduct<T>>(plan, run)
-                             : with_rows<ExactProduct<T>>(plan, run);
+    return plan.tensor_cores ? with_tile<TensorProduct<T>>(plan, run)
+                             : with_tile<ExactProduct<T>>(plan, run);
   }
 }
 
@@ -53,7 +56,7 @@ PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, int64_t H) 
   CudaPlan plan{};
   plan.tensor_cores = tensor_cores;
   plan.row_tiles = row_tiles;
-  return with_plan<T>(plan, [&](auto product, auto rows) {
+  return with_plan<T>(plan, [&](auto product, auto rows, auto) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
     if constexpr (forward) {
@@ -92,12 +95,13 @@ Status at_once_or_steps(const CudaPlan& plan, AtOnce&& at_once, Steps&& steps) {
 
 template <class Cell, class T>
 Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaPlan& plan) {
-  return with_plan<T>(plan, [&](auto product, auto rows) {
+  return with_plan<T>(plan, [&](auto product, auto rows, auto is_wide) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
+    constexpr bool wide = decltype(is_wide)::value;
     const auto steps = [&] {
       return with_projection<Cell>(p, [&](auto projected) {
-        return forward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
+        return forward_steps<Cell, Product, RN, wide, decltype(projected)::value>(p, call, plan);
       });
     };
     return at_once_or_steps(
@@ -108,12 +112,13 @@ Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaP
 template <class Cell, class T>
 Status run_backward(const BackwardProblem<T, Accumulator<T>>& p, const CudaCall& call,
                     const CudaPlan& plan) {
-  return with_plan<T>(plan, [&](auto product, auto rows) {
+  return with_plan<T>(plan, [&](auto product, auto rows, auto is_wide) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
+    constexpr bool wide = decltype(is_wide)::value;
     const auto steps = [&] {
       return with_projection<Cell>(p, [&](auto projected) {
-        return backward_steps<Cell, Product, RN, decltype(projected)::value>(p, call, plan);
+        return backward_steps<Cell, Product, RN, wide, decltype(projected)::value>(p, call, plan);
       });
     };
     return at_once_or_steps(

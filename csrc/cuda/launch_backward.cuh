@@ -57,13 +57,14 @@ void queue_preparation(Queue& queue, const BackwardCall<T>& s) {
   queue.elements(backward_prepare<Cell, T>, p.D * p.seq.B * width, s);
 }
 
-template <class Cell, class Product, int RN, bool projected>
+template <class Cell, class Product, int RN, bool wide, bool projected>
 Status backward_steps(const BackwardProblem<typename Product::Data, typename Product::A>& p,
                       const CudaCall& call, const CudaPlan& plan) {
   using T = typename Product::Data;
-  const StepKernel<BackwardStep<T>> kernel{backward_step<Cell, Product, RN, projected>,
-                                           kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
-                                           Product::template memory<1, RN>()};
+  StepKernel<BackwardStep<T>> kernel{backward_step<Cell, Product, RN, wide, projected>};
+  kernel.template add_stage<Product, 1, RN, wide>(projected ? p.P : p.H);
+  for (int i = 1; i < kStages<Cell, projected>; ++i)
+    kernel.template add_stage<Product, 1, RN, wide>(p.H);
   BackwardStep<T> step{};
   step.p = p;
   lay_out<Cell>(step, call);

@@ -8,8 +8,6 @@
 
 namespace rnnkern {
 
-constexpr int kPlainMemory = 48 << 10;  // bytes of shared memory that a block has without asking
-
 template <class Cell, class T>
 size_t lay_out(ForwardCall<T>& s, const CudaCall& call) {
   Carver carver{static_cast<unsigned char*>(call.workspace)};
@@ -26,24 +24,28 @@ size_t lay_out(ForwardCall<T>& s, const CudaCall& call) {
   return carver.used;
 }
 
-template <class Cell, class Product, int RN, bool projected>
+template <class Cell, class Product, int RN, bool asked_wide, bool projected>
 Status forward_steps(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
                      const CudaPlan& plan) {
   using T = typename Product::Data;
-  constexpr int first = Product::template memory<phase_gates<Cell, 0>, RN>();
-  constexpr int last = Product::template memory<phase_gates<Cell, Cell::phases - 1>, RN>();
   static_assert(Cell::phases == 1 || !Cell::projects,
                 "one array is the operand of a second phase or of a projection, not of both");
-  static_assert(first <= kPlainMemory && last <= kPlainMemory, "too many gates in one phase");
-  const StepKernel<ForwardStep<T>> kernel{forward_step<Cell, Product, RN, projected>,
-                                          kStages<Cell, projected>, p.P > p.H ? p.P : p.H,
-                                          first > last ? first : last};
+  constexpr int first_gates = phase_gates<Cell, 0>;
+  constexpr int last_gates = phase_gates<Cell, Cell::phases - 1>;
+  constexpr bool widens =
+      projected || kUnitTiles<first_gates, true> > 1 || kUnitTiles<last_gates, true> > 1;
+  constexpr bool wide = asked_wide && widens;  // else one kernel would be two
+  StepKernel<ForwardStep<T>> kernel{forward_step<Cell, Product, RN, wide, projected>};
+  kernel.template add_stage<Product, first_gates, RN, wide>(p.H);
+  if (Cell::phases == 2) kernel.template add_stage<Product, last_gates, RN, wide>(p.H);
+  if (projected) kernel.template add_stage<Product, 1, RN, wide>(p.P);
   ForwardStep<T> step{};
   step.p = p;
   lay_out<Cell>(step, call);
   Queue queue(call, plan);
   int64_t resident = queue.resident(kernel);
-  queue.elements<ForwardCall<T>>(forward_prepare<Cell, T>, p.D * p.seq.B * kernel.units, step);
+  const int64_t width = p.P > p.H ? p.P : p.H;
+  queue.elements<ForwardCall<T>>(forward_prepare<Cell, T>, p.D * p.seq.B * width, step);
   for (int64_t i = 0; i < p.seq.T && queue.status() == Status::ok; ++i, step.slot ^= 1) {
     step.rows = 0;
     for (int d = 0; d < p.D; ++d) {

@@ -51,7 +51,7 @@ struct OwnedGradients {
   // the rest stays here unless `shares` the registers with more rows.
   __device__ __forceinline__ void enter(const BackwardCall<T>& s, const Tile& tile,
                                         const Visit& visit, bool shares, T* dr,
-                                        const Accumulator<T> (&dh)[1][RN]) {
+                                        const Accumulator<T> (&dh)[RN]) {
     const int64_t u = tile.unit();
     const BackwardScratch<T>& scratch = s.scratch[tile.d];
 #pragma unroll
@@ -59,7 +59,7 @@ struct OwnedGradients {
       if (!(in[n].now || in[n].before)) continue;
       const int64_t j = tile.row(n), at = j * s.p.H + u;
       if (shares && in[n].before) fetch_direct<Cell, false>(scratch, at, unit[n]);
-      enter_step(s.p, tile.d, visit, in[n], j, u, V(dh[0][n]), unit[n]);
+      enter_step(s.p, tile.d, visit, in[n], j, u, V(dh[n]), unit[n]);
       if (!in[n].now) continue;
       unit[n].dnext[0] = unit[n].dnext[0] + dy[n];
       Cell::template backward<last>(unit[n]);
@@ -72,8 +72,7 @@ struct OwnedGradients {
 
   // Phase 0 of a two-phase cell, likewise.
   __device__ __forceinline__ void first_phase(const BackwardCall<T>& s, const Tile& tile,
-                                              bool shares, T* dr,
-                                              const Accumulator<T> (&dq)[1][RN]) {
+                                              bool shares, T* dr, const Accumulator<T> (&dq)[RN]) {
     const int64_t u = tile.unit();
     const BackwardScratch<T>& scratch = s.scratch[tile.d];
 #pragma unroll
@@ -82,7 +81,7 @@ struct OwnedGradients {
       const int64_t j = tile.row(n), at = j * s.p.H + u;
       if (shares) fetch_direct<Cell, false>(scratch, at, unit[n]);
       if (shares) unit[n].dnext[0] = V(scratch.dh[at]);
-      unit[n].dq = V(dq[0][n]);
+      unit[n].dq = V(dq[n]);
       Cell::template backward<0>(unit[n]);
       put_dr<Cell, 0>(dr, s.p.H, j, u, unit[n]);
       if (shares) put_direct<Cell, false>(scratch, at, unit[n]);
@@ -114,10 +113,10 @@ __device__ __forceinline__ void exchange_states(
   const int slot = static_cast<int>(i % 2);
   const Operand<T> dr{scratch.dr[slot], visit.before.rows};
   const auto compute = [&](const Tile& tile) {
-    Accumulator<T> dh[1][RN] = {};
+    Accumulator<T> dh[1][1][RN] = {};
     if (tile.j0 < dr.rows) Product::run(R, dr, tile.u0, tile.j0, dh);
     own.enter(s, tile, visit, part.shares, last == 0 ? scratch.dr[slot ^ 1] : scratch.dr_second,
-              dh);
+              dh[0][0]);
   };
   part.exchange(
       Cell::phases * i, visit.rows(),
@@ -138,9 +137,9 @@ __device__ __forceinline__ void exchange_operand(
     if (part.shares) own.template fetch_kept<0>(s.p, tile, visit);
   };
   const auto compute = [&](const Tile& tile) {
-    Accumulator<T> dq[1][RN];
+    Accumulator<T> dq[1][1][RN];
     Product::run(R, Operand<T>{scratch.dr_second, visit.now.rows}, tile.u0, tile.j0, dq);
-    own.first_phase(s, tile, part.shares, scratch.dr[slot ^ 1], dq);
+    own.first_phase(s, tile, part.shares, scratch.dr[slot ^ 1], dq[0][0]);
   };
   part.exchange(Cell::phases * i + 1, visit.now.rows, ahead, compute,
                 [&](const Tile& tile) { own.template put_results<0>(s.p, tile, visit.now); });

@@ -117,9 +117,9 @@ __device__ __forceinline__ void forward_exchange(const ForwardCall<typename Prod
   const Operand<T> operand{phase == 0 ? scratch.h[slot] : scratch.operand, now.rows};
   const auto compute = [&](const Tile& tile) {
     if (part.shares) own.fetch_states(s, tile, slot);
-    Accumulator<T> r[phase_gates<Cell, phase>][RN];
+    Accumulator<T> r[1][phase_gates<Cell, phase>][RN];
     Product::run(R, operand, tile.u0, tile.j0, r);
-    own.template compute<phase>(s, tile, now, next, slot, part.shares, r);
+    own.template compute<phase>(s, tile, now, next, slot, part.shares, r[0]);
   };
   part.exchange(
       Cell::phases * i + phase, now.rows,

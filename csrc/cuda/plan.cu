@@ -16,6 +16,7 @@
 // warp loads for its multiply-adds. The time of the exchange is the same for all and left out. No
 // GPU has confirmed any of it.
 #include <atomic>
+#include <climits>
 
 #include "cuda/persistent.cuh"
 #include "cuda/plan.h"
@@ -41,6 +42,14 @@ int kernel_architecture(int device) {
   }
   if (keeps) known[device] = attributes.ptxVersion;
   return attributes.ptxVersion;
+}
+
+int multiprocessors(int device) {
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess)
+    return count;
+  cudaGetLastError();
+  return INT_MAX;
 }
 
 // The first architecture whose tensor cores multiply this type; 0: none are to.
@@ -143,6 +152,7 @@ void take_better(const Device& device, const CudaSizes& s, const PersistentKerne
 void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
   double least = 0;
   CudaPlan tried = plan;
+  tried.wide = false;
   tried.blocks_of_group = tiles(s.H, kUnits);
   for (const int row_tiles : {1, 4}) {
     const PersistentKernel found = s.persistent(plan.tensor_cores, row_tiles, s.H);
@@ -164,12 +174,15 @@ void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
 // Tensor cores where the architecture that the kernels were compiled for has them for the type:
 // results depend on this choice only. A launch for each step has blocks of 8 rows for small
 // batches, so that units fill the device, and of 32 otherwise, so that weights are read by fewer
-// blocks.
+// blocks; and of four tiles of units where these give every multiprocessor a block, so that the
+// operand is.
 CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes) {
   CudaPlan plan{};
   const int least = tensor_cores_from(sizes.type, call.tf32);
   plan.tensor_cores = least > 0 && kernel_architecture(call.device) >= least;
   plan.row_tiles = sizes.B <= 8 ? 1 : 4;
+  plan.wide = sizes.B > 8 && sizes.D * tiles(sizes.B, 32) * tiles(sizes.H, 4 * kUnits) >=
+                                 multiprocessors(call.device);
   if (!call.persistent || !sizes.persistent) return plan;
   const DeviceGuard guard(call.device);
   const Device device = guard.error() == cudaSuccess ? ask(call.device) : Device{};

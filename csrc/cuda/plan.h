@@ -36,6 +36,7 @@ struct CudaSizes {
 struct CudaPlan {
   bool tensor_cores;
   int row_tiles;  // of 8 rows, a block at a time
+  bool wide;      // a launch for each step: blocks of more units, where units have few products
   // The persistent kernel's; blocks_of_group 0: a launch for each step.
   int64_t blocks_of_group;
   int64_t groups;    // of each direction

@@ -1,13 +1,14 @@
-// The recurrent product of one block: kUnits hidden units with all their gates × up to 8·RN rows.
+// The recurrent product of one block: NU·kUnits hidden units with all their gates × up to 8·RN rows.
 //
 //   r[g][u][j] = Σ_k w[(g·N + u), k] · a[j, k]        w [NG·N, K], a [rows, K], both dense in k
 //
-// A block has kThreads threads. Whatever computes the product, thread i ends with unit i % kUnits
-// of the tile and the rows i / kUnits + 8·n (n < RN), all gates, in registers, where the cell's
-// gate math takes them; neighbouring threads have neighbouring units, so memory is touched in
-// pieces of kUnits elements. The order of a sum depends on neither RN nor the grid, nor on where w
-// is: in global memory, or, for a block that multiplies by the same rows again and again, kept in
-// its shared memory (`keep`, then `run` with a Kept), all of it or the first of k.
+// A block has kThreads threads. Whatever computes the product, thread i ends with the units
+// i % kUnits + kUnits·m (m < NU) of the tile and the rows i / kUnits + 8·n (n < RN), all gates, in
+// registers, r[m][g][n], where the cell's gate math takes them; neighbouring threads have
+// neighbouring units, so memory is touched in pieces of kUnits elements. The order of a sum depends
+// on neither NU nor RN nor the grid, nor on where w is: in global memory, or, for a block that
+// multiplies by the same rows again and again, kept in its shared memory (`keep`, then `run` with a
+// Kept; NU = 1), all of it or the first of k.
 #pragma once
 
 #include "cuda/value.cuh"
@@ -48,18 +49,18 @@ struct ExactProduct {
   using A = Accumulator<T>;
   static constexpr int kDepth = 32;  // k at a time
 
-  template <int NG, int RN>
+  template <int NU, int NG, int RN>
   RNNKERN_HD static constexpr int memory() {
-    return work<NG, RN>(false);
+    return work<NU * NG, RN>(false);
   }
 
-  template <int NG, int RN>
+  template <int NU, int NG, int RN>
   __device__ static void run(const Weights<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
-                             A (&r)[NG][RN]) {
+                             A (&r)[NU][NG][RN]) {
     A* tile_a = reinterpret_cast<A*>(block_memory());  // [kDepth][pitch(8·RN)]
-    A* tile_w = tile_a + kDepth * pitch(8 * RN);       // [kDepth][pitch(NG·kUnits)]
+    A* tile_w = tile_a + kDepth * pitch(8 * RN);       // [kDepth][pitch(NU·NG·kUnits)]
     const auto weights = [&](int64_t k0) {
-      copy<NG * kUnits>(w, u0, k0, tile_w);
+      copy<NU, NG>(w, u0, k0, tile_w);
       return tile_w;
     };
     multiply(w.K, weights, a, j0, tile_a, r);
@@ -76,19 +77,18 @@ struct ExactProduct {
   }
   template <int NG>
   __device__ static void keep(const Kept<T>& w, int64_t u0) {
-    constexpr int M = NG * kUnits;
     for (int64_t k0 = 0; k0 < w.depth; k0 += kDepth)
-      copy<M>(w.all, u0, k0, reinterpret_cast<A*>(w.data) + k0 * pitch(M));
+      copy<1, NG>(w.all, u0, k0, reinterpret_cast<A*>(w.data) + k0 * pitch(NG * kUnits));
   }
   template <int NG, int RN>
   __device__ static void run(const Kept<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
-                             A (&r)[NG][RN]) {
+                             A (&r)[1][NG][RN]) {
     constexpr int M = NG * kUnits;
     A* tile_a = reinterpret_cast<A*>(block_memory());
     A* tile_w = tile_a + kDepth * pitch(8 * RN);  // there unless all is kept
     const auto weights = [&](int64_t k0) {
       if (k0 < w.depth) return reinterpret_cast<const A*>(w.data) + k0 * pitch(M);
-      copy<M>(w.all, u0, k0, tile_w);
+      copy<1, NG>(w.all, u0, k0, tile_w);
       return static_cast<const A*>(tile_w);
     };
     multiply(w.all.K, weights, a, j0, tile_a, r);
@@ -99,29 +99,30 @@ struct ExactProduct {
     return n + 1;
   }  // lanes write columns: other banks
 
-  // Rows m of w, k = k0 .. k0 + kDepth - 1; zero outside.
-  template <int M>
+  // The tile's rows of w, [NU][NG][kUnits], k = k0 .. k0 + kDepth - 1; zero outside.
+  template <int NU, int NG>
   __device__ static void copy(const Weights<T>& w, int64_t u0, int64_t k0, A* tile) {
+    constexpr int M = NU * NG * kUnits;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t k = k0 + lane;
-    for (int m = warp; m < M; m += kWarps) {
-      const int64_t u = u0 + m % kUnits;
+    for (int i = warp; i < M; i += kWarps) {
+      const int64_t u = u0 + i / (NG * kUnits) * kUnits + i % kUnits;
       const bool in = u < w.N && k < w.K;
-      tile[lane * pitch(M) + m] = in ? widen(w.data[(m / kUnits * w.N + u) * w.K + k]) : A(0);
+      tile[lane * pitch(M) + i] = in ? widen(w.data[(i / kUnits % NG * w.N + u) * w.K + k]) : A(0);
     }
   }
 
   // weights(k0) is the tile of w from k0 on, complete after the next barrier.
-  template <int NG, int RN, class TileAt>
+  template <int NU, int NG, int RN, class TileAt>
   __device__ __forceinline__ static void multiply(int64_t K, TileAt weights, const Operand<T>& a,
-                                                  int64_t j0, A* tile_a, A (&r)[NG][RN]) {
-    constexpr int M = NG * kUnits, J = 8 * RN;
+                                                  int64_t j0, A* tile_a, A (&r)[NU][NG][RN]) {
+    constexpr int M = NU * NG * kUnits, J = 8 * RN;
     const int unit = threadIdx.x % kUnits, row = threadIdx.x / kUnits;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int g = 0; g < NG; ++g) {
+    for (int i = 0; i < NU * NG; ++i) {
 #pragma unroll
-      for (int n = 0; n < RN; ++n) r[g][n] = A(0);
+      for (int n = 0; n < RN; ++n) r[i / NG][i % NG][n] = A(0);
     }
     for (int64_t k0 = 0; k0 < K; k0 += kDepth) {
       const A* tile_w = weights(k0);
@@ -137,10 +138,11 @@ struct ExactProduct {
 #pragma unroll
         for (int n = 0; n < RN; ++n) row_values[n] = tile_a[i * pitch(J) + row + 8 * n];
 #pragma unroll
-        for (int g = 0; g < NG; ++g) {
-          const A weight = tile_w[i * pitch(M) + g * kUnits + unit];
+        for (int q = 0; q < NU * NG; ++q) {
+          const A weight = tile_w[i * pitch(M) + q * kUnits + unit];
+          A(&sums)[RN] = r[q / NG][q % NG];
 #pragma unroll
-          for (int n = 0; n < RN; ++n) r[g][n] = fma(weight, row_values[n], r[g][n]);
+          for (int n = 0; n < RN; ++n) sums[n] = fma(weight, row_values[n], sums[n]);
         }
       }
       __syncthreads();
@@ -160,16 +162,16 @@ struct TensorProduct {
   static constexpr int kElements = 16 / static_cast<int>(sizeof(T));  // of a lane
   static constexpr int kDepth = 4 * kElements;                        // k of a warp at a time
 
-  template <int NG, int RN>
+  template <int NU, int NG, int RN>
   RNNKERN_HD static constexpr int memory() {
-    return kWarps * NG * kUnits * pitch(RN) * static_cast<int>(sizeof(float));
+    return kWarps * NU * NG * kUnits * pitch(RN) * static_cast<int>(sizeof(float));
   }
 
-  template <int NG, int RN>
+  template <int NU, int NG, int RN>
   __device__ static void run(const Weights<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
-                             float (&r)[NG][RN]) {
-    float c[NG][RN][4] = {};
-    multiply(0, w.K, there(w, u0), a, w.K, j0, c);
+                             float (&r)[NU][NG][RN]) {
+    float c[NU * NG][RN][4] = {};
+    multiply(0, w.K, there<NG>(w, u0), a, w.K, j0, c);
     add_up(c, r);
   }
 
@@ -181,11 +183,11 @@ struct TensorProduct {
   }
   template <int NG, int RN>
   RNNKERN_HD static constexpr int work(bool) {
-    return memory<NG, RN>();
+    return memory<1, NG, RN>();
   }
   template <int NG>
   __device__ static void keep(const Kept<T>& w, int64_t u0) {
-    const auto weights = there(w.all, u0);
+    const auto weights = there<NG>(w.all, u0);
     for (int64_t k0 = threadIdx.x / 32 * kDepth; k0 < w.depth; k0 += kWarps * kDepth) {
 #pragma unroll
       for (int g = 0; g < NG; ++g) {
@@ -199,7 +201,7 @@ struct TensorProduct {
   }
   template <int NG, int RN>
   __device__ static void run(const Kept<T>& w, const Operand<T>& a, int64_t u0, int64_t j0,
-                             float (&r)[NG][RN]) {
+                             float (&r)[1][NG][RN]) {
     const auto kept = [&](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
       const uint4* from = place<NG>(w.data, g, k0);
       const uint4 one = from[0], other = from[32];
@@ -208,7 +210,7 @@ struct TensorProduct {
     };
     float c[NG][RN][4] = {};
     multiply(0, w.depth, kept, a, w.all.K, j0, c);
-    multiply(w.depth, w.all.K, there(w.all, u0), a, w.all.K, j0, c);
+    multiply(w.depth, w.all.K, there<NG>(w.all, u0), a, w.all.K, j0, c);
     add_up(c, r);
   }
 
@@ -227,23 +229,25 @@ struct TensorProduct {
   }
 
   // The weights in global memory, as `multiply` wants them.
+  template <int NG>
   __device__ __forceinline__ static auto there(const Weights<T>& w, int64_t u0) {
     const bool whole = aligned(w.data, w.K);
-    return [=](int g, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
-      const int64_t u = u0 + threadIdx.x % 32 / 4, k = k0 + threadIdx.x % 4 * kElements;
-      const T* data = w.data + g * w.N * w.K;
+    return [=](int i, int64_t k0, uint32_t (&low)[kWords], uint32_t (&high)[kWords]) {
+      const int64_t u = u0 + i / NG * kUnits + threadIdx.x % 32 / 4;
+      const int64_t k = k0 + threadIdx.x % 4 * kElements;
+      const T* data = w.data + i % NG * w.N * w.K;
       load(data, u, w.N, k, w.K, whole, low);
       load(data, u + 8, w.N, k, w.K, whole, high);
     };
   }
 
   // Adds the product over k in [begin, end) to c; begin is a multiple of kDepth. The words of w
-  // that this lane needs, of gate g and kDepth elements from k0 on, of its row and of the one 8
-  // below, are weights(g, k0, low, high).
-  template <int NG, int RN, class WordsAt>
+  // that this lane needs, of the i-th kUnits of M·kUnits rows and of kDepth elements from k0 on, of
+  // its row and of the one 8 below, are weights(i, k0, low, high).
+  template <int M, int RN, class WordsAt>
   __device__ __forceinline__ static void multiply(int64_t begin, int64_t end, WordsAt weights,
                                                   const Operand<T>& a, int64_t K, int64_t j0,
-                                                  float (&c)[NG][RN][4]) {
+                                                  float (&c)[M][RN][4]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int q = lane % 4, row = lane / 4;
     const int64_t turn = (warp - begin / kDepth) & (kWarps - 1);  // the warp takes every fourth
@@ -254,47 +258,49 @@ struct TensorProduct {
 #pragma unroll
       for (int n = 0; n < RN; ++n) load(a.data, j0 + row + 8 * n, a.rows, k, K, whole, rows[n]);
 #pragma unroll
-      for (int g = 0; g < NG; ++g) {
+      for (int m = 0; m < M; ++m) {
         uint32_t low[kWords], high[kWords];
-        weights(g, k0, low, high);
+        weights(m, k0, low, high);
 #pragma unroll
         for (int n = 0; n < RN; ++n) {
 #pragma unroll
           for (int i = 0; i < kWords; i += 2)
-            mma<T>(c[g][n], low[i], high[i], low[i + 1], high[i + 1], rows[n][i], rows[n][i + 1]);
+            mma<T>(c[m][n], low[i], high[i], low[i + 1], high[i + 1], rows[n][i], rows[n][i + 1]);
         }
       }
     }
   }
 
   // The sums of the four warps' fragments, in order.
-  template <int NG, int RN>
-  __device__ __forceinline__ static void add_up(const float (&c)[NG][RN][4], float (&r)[NG][RN]) {
+  template <int NU, int NG, int RN>
+  __device__ __forceinline__ static void add_up(const float (&c)[NU * NG][RN][4],
+                                                float (&r)[NU][NG][RN]) {
+    constexpr int M = NU * NG;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int q = lane % 4, row = lane / 4;
-    float* sums = reinterpret_cast<float*>(block_memory());  // [kWarps][NG·kUnits][pitch(RN)]
+    float* sums = reinterpret_cast<float*>(block_memory());  // [kWarps][M·kUnits][pitch(RN)]
 #pragma unroll
-    for (int g = 0; g < NG; ++g) {
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int n = 0; n < RN; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int m = g * kUnits + row + i / 2 * 8, j = n * 8 + 2 * q + i % 2;
-          sums[(warp * NG * kUnits + m) * pitch(RN) + j] = c[g][n][i];
+          const int at = m * kUnits + row + i / 2 * 8, j = n * 8 + 2 * q + i % 2;
+          sums[(warp * M * kUnits + at) * pitch(RN) + j] = c[m][n][i];
         }
       }
     }
     __syncthreads();
     const int unit = threadIdx.x % kUnits, first_row = threadIdx.x / kUnits;
 #pragma unroll
-    for (int g = 0; g < NG; ++g) {
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
       for (int n = 0; n < RN; ++n) {
-        const float* at = sums + (g * kUnits + unit) * pitch(RN) + first_row + 8 * n;
+        const float* at = sums + (m * kUnits + unit) * pitch(RN) + first_row + 8 * n;
         float sum = at[0];
 #pragma unroll
-        for (int i = 1; i < kWarps; ++i) sum += at[i * NG * kUnits * pitch(RN)];
-        r[g][n] = sum;
+        for (int i = 1; i < kWarps; ++i) sum += at[i * M * kUnits * pitch(RN)];
+        r[m / NG][m % NG][n] = sum;
       }
     }
   }

@@ -43,13 +43,27 @@ struct Carver {
   }
 };
 
+constexpr int kPlainMemory = 48 << 10;  // bytes of shared memory that a block has without asking
+
 // What the launches of all steps have in common, of one stage or several.
 template <class Argument>
 struct StepKernel {
   void (*kernel)(Argument);
-  int stages;
-  int64_t units;  // of the widest stage
-  int memory;     // of a block, for the stage that needs most
+  int stages = 0;
+  int64_t unit_tiles = 0;  // blocks that 8·RN rows take in the stage that takes most
+  int memory = 0;          // of a block, in the stage that needs most
+
+  // One more stage, of NG products a unit.
+  template <class Product, int NG, int RN, bool wide>
+  void add_stage(int64_t units) {
+    constexpr int NU = kUnitTiles<NG, wide>;
+    constexpr int needed = Product::template memory<NU, NG, RN>();
+    static_assert(needed <= kPlainMemory, "too many gates in one phase");
+    const int64_t tiles = (units + NU * kUnits - 1) / (NU * kUnits);
+    ++stages;
+    unit_tiles = tiles > unit_tiles ? tiles : unit_tiles;
+    memory = needed > memory ? needed : memory;
+  }
 };
 
 // Queues kernels on the call's stream; after the first failure it does nothing more.
@@ -83,8 +97,8 @@ class Queue {
   // takes the grid: results do not depend on it.
   template <class Argument>
   void step(const StepKernel<Argument>& step, int64_t& resident, const Argument& argument) {
-    const int64_t tiles = static_cast<int64_t>(blocks(step.units, kUnits)) *
-                          static_cast<int64_t>(blocks(argument.rows, rows_of_block_));
+    const int64_t tiles =
+        step.unit_tiles * static_cast<int64_t>(blocks(argument.rows, rows_of_block_));
     const int64_t directions = argument.p.D;
     if (tiles == 0) return;
     if (tiles > INT32_MAX / directions) return fail(cudaErrorInvalidConfiguration);

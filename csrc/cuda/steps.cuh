@@ -55,37 +55,44 @@ __device__ __forceinline__ int64_t data_row(const Sequence& seq, const Rows& row
 template <class Cell, bool projected>
 constexpr int kStages = Cell::phases + (projected ? 1 : 0);
 
-// kUnits units × 8·RN rows of one direction. A stage has at most INT32_MAX of them.
+// Tiles of kUnits units that a block of a step-wise kernel computes at once, in a stage that makes
+// NG products a unit. A wide kernel has four tiles of weights to each row that it reads, as the
+// gates of an LSTM make them.
+template <int NG, bool wide>
+constexpr int kUnitTiles = wide && NG < 4 ? 4 / NG : 1;
+
+// NU·kUnits units × 8·RN rows of one direction. A stage has at most INT32_MAX of them.
 struct Tile {
   int64_t u0, j0;
   int d;
 
   // Units first, then rows.
-  template <int RN>
+  template <int NU, int RN>
   __device__ static Tile at(unsigned index, unsigned unit_tiles, unsigned d) {
-    return {int64_t(index % unit_tiles) * kUnits, int64_t(index / unit_tiles) * 8 * RN, int(d)};
+    return {int64_t(index % unit_tiles) * NU * kUnits, int64_t(index / unit_tiles) * 8 * RN,
+            int(d)};
   }
   __device__ static unsigned count(int64_t all, int each) {
     return static_cast<unsigned>((all + each - 1) / each);
   }
-  __device__ int64_t unit() const { return u0 + threadIdx.x % kUnits; }
+  __device__ int64_t unit(int m = 0) const { return u0 + threadIdx.x % kUnits + kUnits * m; }
   __device__ int64_t row(int n) const { return j0 + threadIdx.x / kUnits + 8 * n; }
 };
 
 // The only stage of a step: run(tile) for the tile of block (x, 0, direction).
-template <int RN, class Run>
+template <int NU, int RN, class Run>
 __device__ __forceinline__ void only_stage(int64_t units, Run run) {
-  run(Tile::at<RN>(blockIdx.x, Tile::count(units, kUnits), blockIdx.z));
+  run(Tile::at<NU, RN>(blockIdx.x, Tile::count(units, NU * kUnits), blockIdx.z));
 }
 
 // One of several: run(tile) for every tile of units × rows × directions that falls to this block.
-template <int RN, class Run>
+template <int NU, int RN, class Run>
 __device__ __forceinline__ void stage(int64_t units, int64_t rows, int64_t directions, Run run) {
-  const unsigned unit_tiles = Tile::count(units, kUnits);
+  const unsigned unit_tiles = Tile::count(units, NU * kUnits);
   const unsigned each = unit_tiles * Tile::count(rows, 8 * RN);
   for (unsigned i = blockIdx.x; i < each * static_cast<unsigned>(directions); i += gridDim.x) {
     if (i != blockIdx.x) __syncthreads();  // until all have read the last tile's shared memory
-    run(Tile::at<RN>(i % each, unit_tiles, i / each));
+    run(Tile::at<NU, RN>(i % each, unit_tiles, i / each));
   }
 }
 

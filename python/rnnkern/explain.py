@@ -83,7 +83,8 @@ class Explanation:
 def _launches(plan: dict[str, Any]) -> str:
     """Return in words how a pass runs on a GPU."""
     cores = "tensor cores" if plan["tensor_cores"] else "fused multiply-adds"
-    words = f"one launch a step, {cores}, {plan['rows_of_a_block']} rows a block"
+    units = "up to 64 units" if plan["wide_blocks"] else "16 units"
+    words = f"one launch a step, {cores}, {plan['rows_of_a_block']} rows of {units} a block"
     if plan["kind"] == "persistent":
         words = words.replace("a step", "for all steps") + (
             f" at a time; {plan['groups']} group(s) a direction of {plan['blocks_of_a_group']}"

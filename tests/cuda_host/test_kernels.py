@@ -31,6 +31,7 @@ from cuda_host.conftest import Host, plan_of, shows
 from ops.test_opcheck import backward_arguments
 from rnnkern import cuda, kernels
 from rnnkern.cells import CELLS, get_cell
+from rnnkern.explain import Explanation
 from rnnkern.ops import DIFFERENTIABLE
 from tolerances import assert_close
 from torch import nn
@@ -108,6 +109,33 @@ def test_inference_equals_training(host: Host, case: Case, dtype: torch.dtype) -
     args = build(case, dtype)
     trained = run_op(args, save=True)
     assert all(map(torch.equal, run_op(args, save=False), trained))
+
+
+@cases_of([c for B, H in ((9, 65), (33, 20)) for c in sized(B, H)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_blocks_change_no_bit(host: Host, case: Case, dtype: torch.dtype) -> None:
+    args, found = build(case, dtype), {}
+    for wide, multiprocessors in ((True, 1), (False, 64)):
+        host.device_size(multiprocessors)
+        plans = plan_of(host, case, dtype).values()
+        assert all(plan["wide_blocks"] is wide for plan in plans)
+        found[wide] = evaluate(args)
+    assert_identical(found[True], found[False])
+
+
+def test_blocks_are_wide_where_they_fill_the_device(host: Host) -> None:
+    """Tiles of 64 units and 32 rows, against multiprocessors."""
+    for multiprocessors in (8, 9):
+        host.device_size(multiprocessors)
+        plan = plan_of(host, Case("rnn_tanh", B=33, H=65, D=2), torch.float32)["forward"]
+        assert plan["wide_blocks"] is (multiprocessors == 8)
+    host.device_size(1)
+    plans = plan_of(host, Case("lstm", B=8, H=1000), torch.float32)
+    told = str(Explanation("lstm", "cuda", "", EXACT[0], EXACT[0], plan=plans))
+    assert told.endswith("one launch a step, fused multiply-adds, 8 rows of 16 units a block")
+    plans = plan_of(host, Case("lstm", B=9, H=1000), torch.float32)
+    told = str(Explanation("lstm", "cuda", "", EXACT[0], EXACT[0], plan=plans))
+    assert told.endswith("32 rows of up to 64 units a block")
 
 
 @cases_of(sized(17, 33))

@@ -127,6 +127,7 @@ def test_the_plan_tells_the_grid(host: Host) -> None:
         "kind": "persistent",
         "tensor_cores": True,
         "rows_of_a_block": 8,
+        "wide_blocks": False,
         "blocks_of_a_group": 6,
         "groups": 3,
         "resident_bytes": 4 * 16 * 96 * 2,
@@ -138,7 +139,7 @@ def test_the_plan_tells_the_grid(host: Host) -> None:
     }
     told = str(Explanation("lstm", "cuda", "", torch.bfloat16, torch.bfloat16, plan=plan))
     words = (
-        "one launch for all steps, tensor cores, 8 rows a block at a time;"
+        "one launch for all steps, tensor cores, 8 rows of 16 units a block at a time;"
         " 3 group(s) a direction of 6 block(s), 12288 bytes of weights in each"
     )
     assert told.splitlines()[1:] == [f"  forward: {words}", f"  backward: {words}"]
