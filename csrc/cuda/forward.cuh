@@ -254,7 +254,7 @@ __device__ __forceinline__ void forward_project(const ForwardStep<typename Produ
 }
 
 template <class Cell, class Product, int RN, bool wide, bool projected>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kStepBlocks<kStages<Cell, projected>, wide>)
     forward_step(const ForwardStep<typename Product::Data> s) {
   constexpr int last = Cell::phases - 1;
   constexpr int first_tiles = kUnitTiles<phase_gates<Cell, 0>, wide>;

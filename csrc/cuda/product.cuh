@@ -18,7 +18,6 @@ namespace rnnkern {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kUnits = 16;
-constexpr int kBlocks = 3;  // on a multiprocessor at least: leaves 168 registers a thread
 static_assert(kThreads == 8 * kUnits, "a pass over the tile covers 8 rows");
 
 template <class T>

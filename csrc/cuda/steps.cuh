@@ -55,6 +55,11 @@ __device__ __forceinline__ int64_t data_row(const Sequence& seq, const Rows& row
 template <class Cell, bool projected>
 constexpr int kStages = Cell::phases + (projected ? 1 : 0);
 
+// Blocks of a step-wise kernel on a multiprocessor at least: three leave 168 registers a thread,
+// two 255, without which TF32's wide kernels of several stages spill.
+template <int stages, bool wide>
+constexpr int kStepBlocks = wide && stages > 1 ? 2 : 3;
+
 // Tiles of kUnits units that a block of a step-wise kernel computes at once, in a stage that makes
 // NG products a unit. A wide kernel has four tiles of weights to each row that it reads, as the
 // gates of an LSTM make them.
