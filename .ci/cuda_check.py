@@ -2,7 +2,8 @@
 
     python .ci/cuda_check.py          for the architectures of a build without a GPU
     python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
-    python .ci/cuda_check.py --list   also print registers and shared memory of each kernel
+    python .ci/cuda_check.py --list   also print the registers of each kernel
+    python .ci/cuda_check.py --built  only what PTX shows: the build has shown the rest, see .ci/run
     python .ci/cuda_check.py --nvcc   print the compiler, or nothing, and check nothing
 
 Needs nvcc, where CMake finds it; without it, nothing is checked and the exit status is 0.
@@ -67,8 +68,10 @@ def compile_one(source: Path, architecture: str, folder: Path) -> list[re.Match[
     return list(KERNEL.finditer(said))
 
 
-def faults_of_ptx(source: Path, architecture: str, folder: Path) -> list[str]:
-    """Return what is wrong in the PTX of a file, for an architecture with tensor cores for it.
+def read_ptx(source: Path, architecture: str, folder: Path) -> tuple[int, list[str]]:
+    """Return how many kernels the PTX of a file has, and what is wrong in it.
+
+    The architecture has tensor cores for the file's type.
 
     TensorProduct must use mma. Stages of one kernel read what other blocks wrote in the stage
     before: through the read-only cache they might not see it. So do the steps of a persistent
@@ -86,11 +89,12 @@ def faults_of_ptx(source: Path, architecture: str, folder: Path) -> list[str]:
         if not persistent:
             faults.append(f"{source.name}: no {kernel}")
     if source.stem not in TENSOR_TYPES:
-        return faults
+        return len(entries), faults
     tensor = [e for e in entries if "TensorProduct" in name[e]]
     if not tensor:
         faults.append(f"{source.name}: no kernel with TensorProduct at all")
-    return faults + [f"{name[e]}: no tensor cores" for e in tensor if "mma.sync" not in e]
+    faults += [f"{name[e]}: no tensor cores" for e in tensor if "mma.sync" not in e]
+    return len(entries), faults
 
 
 def main() -> int:
@@ -98,6 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--built", action="store_true")
     parser.add_argument("--nvcc", action="store_true")
     options = parser.parse_args()
     if options.nvcc:
@@ -107,21 +112,22 @@ def main() -> int:
         print("no nvcc: the CUDA kernels are not compiled here")
         return 0
     architectures = ALL if options.all else FEW
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "bench" / "gpu_floor.cu"]
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = [*([] if options.built else kernels), ROOT / "bench" / "gpu_floor.cu"]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(name)
         jobs = {
             (s, a): pool.submit(compile_one, s, a, folder) for a in architectures for s in sources
         }
         ptx = [
-            pool.submit(faults_of_ptx, s, a, folder)
-            for s in sources
+            pool.submit(read_ptx, s, a, folder)
+            for s in kernels
             if s.stem in TYPES
             for a in {*architectures, "75"}
             if a != "75" or s.stem == "float16"
         ]
-        wrong = [line for job in ptx for line in job.result()]
-        count = 0
+        wrong = [line for job in ptx for line in job.result()[1]]
+        read, count = sum(job.result()[0] for job in ptx), 0
         for (source, architecture), job in jobs.items():
             for kernel in job.result():
                 count += 1
@@ -132,8 +138,9 @@ def main() -> int:
                     wrong.append(f"{where}: spills {kernel['spilled']} bytes")
     for line in wrong:
         print(line, file=sys.stderr)
-    print(f"{count} kernels for sm_{', sm_'.join(architectures)}: {len(wrong)} faults")
-    return 1 if wrong or count == 0 else 0
+    where = ", ".join(f"sm_{architecture}" for architecture in architectures)
+    print(f"{where}: {count} kernels compiled, {read} read as PTX, {len(wrong)} faults")
+    return 1 if wrong or count == 0 or read == 0 else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// The recurrent product of one block: NU·kUnits hidden units with all their gates × up to 8·RN rows.
+// The recurrent product of one block: NU·kUnits units with all their gates × up to 8·RN rows.
 //
 //   r[g][u][j] = Σ_k w[(g·N + u), k] · a[j, k]        w [NG·N, K], a [rows, K], both dense in k
 //
