@@ -84,7 +84,7 @@ py::dict as_dict(const CudaPlan& plan) {
   return d;
 }
 
-// (B, H, D, projected) -> the plans of forward and backward
+// (B, H, D, P), P = 0 without a projection -> the plans of forward and backward
 template <class T, class A>
 py::dict plan(int cell, const py::tuple& where, const py::tuple& sizes) {
   check_cell(cell);
@@ -93,8 +93,10 @@ py::dict plan(int cell, const py::tuple& where, const py::tuple& sizes) {
     problem.seq.B = integer(sizes[0]);
     problem.H = integer(sizes[1]);
     problem.D = integer(sizes[2]);
+    const int64_t P = integer(sizes[3]);
     static const T present{};
-    problem.dir[0].W_hr = sizes[3].cast<bool>() ? &present : nullptr;
+    problem.dir[0].W_hr = P > 0 ? &present : nullptr;
+    problem.P = P > 0 ? P : problem.H;
     return problem;
   };
   py::dict d;

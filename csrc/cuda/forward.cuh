@@ -110,11 +110,12 @@ __device__ void put_state(const ForwardStep<T>& s, int d, int k, int64_t j, int6
 
 // h' of this step, which training keeps; by the stage that makes h, so that the widths agree.
 template <class T>
-__device__ void keep_previous(const ForwardStep<T>& s, int d, int64_t j, int64_t u) {
+__device__ void keep_previous(const ForwardCall<T>& s, int d, int slot, const Step& now, int64_t j,
+                              int64_t u) {
   const ForwardProblem<T>& p = s.p;
   if (p.dir[d].h_prev) {
-    p.dir[d].h_prev[data_row(p.seq, p.x_rows, s.now[d], j) * p.P + u] =
-        s.scratch[d].h[s.slot][j * p.P + u];
+    p.dir[d].h_prev[data_row(p.seq, p.x_rows, now, j) * p.P + u] =
+        s.scratch[d].h[slot][j * p.P + u];
   }
 }
 
@@ -204,7 +205,7 @@ __device__ __forceinline__ void forward_unit(const ForwardStep<T>& s, const Tile
     if constexpr (projected) {
       put(scratch.operand + j * p.H + u, unit.next[0]);
     } else {
-      keep_previous(s, d, j, u);
+      keep_previous(s, d, s.slot, s.now[d], j, u);
       put_state(s, d, 0, j, u, unit.next[0]);
     }
   }
@@ -248,7 +249,7 @@ __device__ __forceinline__ void forward_project(const ForwardStep<typename Produ
   for (int i = 0; i < NU * RN; ++i) {
     const int64_t u = tile.unit(i / RN), j = tile.row(i % RN);
     if (u >= p.P || !runs(p.seq, s.now[d], j)) continue;
-    keep_previous(s, d, j, u);
+    keep_previous(s, d, s.slot, s.now[d], j, u);
     put_state(s, d, 0, j, u, Value<A>(h[i / RN][0][i % RN]));
   }
 }

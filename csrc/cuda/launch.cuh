@@ -14,8 +14,10 @@ template <class Product, class Run>
 auto with_tile(const CudaPlan& plan, Run&& run) {
   using std::integral_constant;
   if (plan.row_tiles == 1) return run(Product{}, integral_constant<int, 1>{}, std::false_type{});
-  return plan.wide ? run(Product{}, integral_constant<int, 4>{}, std::true_type{})
-                   : run(Product{}, integral_constant<int, 4>{}, std::false_type{});
+  if constexpr (Product::kWidens) {
+    if (plan.wide) return run(Product{}, integral_constant<int, 4>{}, std::true_type{});
+  }
+  return run(Product{}, integral_constant<int, 4>{}, std::false_type{});
 }
 
 // float64 never runs on tensor cores, float16 always: every device has them.
@@ -37,42 +39,52 @@ constexpr CudaType cuda_type = std::is_same_v<T, double>   ? CudaType::float64
                                : std::is_same_v<T, __half> ? CudaType::float16
                                                            : CudaType::bfloat16;
 
-template <class Cell, class Problem, class Run>
-Status with_projection(const Problem& p, Run&& run) {
+template <class Cell, class Run>
+auto with_projection(bool projected, Run&& run) {
   if constexpr (Cell::projects) {
-    if (p.dir[0].W_hr) return run(std::true_type{});
+    if (projected) return run(std::true_type{});
   }
   return run(std::false_type{});
 }
 
-// A persistent kernel, from how much its operands have of a row.
+// A persistent kernel, from how much its products read of a unit's weights and of a row.
 template <class Memory>
-PersistentKernel described(const void* kernel, int64_t H, int64_t operand) {
-  return {kernel, Memory::all(H), Memory::kept, Memory::work(true), Memory::work(false), operand};
+PersistentKernel described(const void* kernel, const Widths& widths, int64_t weights,
+                           int64_t operand) {
+  return {
+      kernel, Memory::all(widths), Memory::kept, Memory::work(true), Memory::work(false), weights,
+      operand};
 }
 
 template <class Cell, class T, bool forward>
-PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, int64_t H) {
+PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, const Widths& widths,
+                                   bool is_projected) {
   CudaPlan plan{};
   plan.tensor_cores = tensor_cores;
   plan.row_tiles = row_tiles;
   return with_plan<T>(plan, [&](auto product, auto rows, auto) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
-    if constexpr (forward) {
-      return described<BlockMemory<ForwardShape<Cell>, Product, RN>>(
-          reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN>), H, Cell::phases * H);
-    } else {
-      return described<BlockMemory<BackwardShape<Cell>, Product, RN>>(
-          reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN>), H, Cell::gates * H);
-    }
+    return with_projection<Cell>(is_projected, [&](auto flag) {
+      constexpr bool projected = decltype(flag)::value;
+      const int64_t H = widths.H, P = widths.P, G = Cell::gates;
+      if constexpr (forward) {
+        return described<BlockMemory<ForwardShape<Cell, projected>, Product, RN>>(
+            reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN, projected>), widths,
+            G * P + (projected ? H : 0), P + (kStages<Cell, projected> - 1) * H);
+      } else {
+        const int64_t reads = G * H + (projected ? P : 0);
+        return described<BlockMemory<BackwardShape<Cell, projected>, Product, RN>>(
+            reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN, projected>), widths,
+            reads, reads);
+      }
+    });
   });
 }
 
 template <class T>
 struct CellDriver {
   bool projects;
-  int gates;
   FindPersistent forward_kernel, backward_kernel;
   size_t (*forward_workspace)(const ForwardProblem<T>&, const CudaCall&);
   size_t (*backward_workspace)(const BackwardProblem<T, Accumulator<T>>&, const CudaCall&);
@@ -99,13 +111,12 @@ Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaP
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
     constexpr bool wide = decltype(is_wide)::value;
-    const auto steps = [&] {
-      return with_projection<Cell>(p, [&](auto projected) {
-        return forward_steps<Cell, Product, RN, wide, decltype(projected)::value>(p, call, plan);
-      });
-    };
-    return at_once_or_steps(
-        plan, [&] { return forward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
+    return with_projection<Cell>(p.dir[0].W_hr, [&](auto flag) {
+      constexpr bool projected = decltype(flag)::value;
+      return at_once_or_steps(
+          plan, [&] { return forward_at_once<Cell, Product, RN, projected>(p, call, plan); },
+          [&] { return forward_steps<Cell, Product, RN, wide, projected>(p, call, plan); });
+    });
   });
 }
 
@@ -116,13 +127,12 @@ Status run_backward(const BackwardProblem<T, Accumulator<T>>& p, const CudaCall&
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
     constexpr bool wide = decltype(is_wide)::value;
-    const auto steps = [&] {
-      return with_projection<Cell>(p, [&](auto projected) {
-        return backward_steps<Cell, Product, RN, wide, decltype(projected)::value>(p, call, plan);
-      });
-    };
-    return at_once_or_steps(
-        plan, [&] { return backward_at_once<Cell, Product, RN>(p, call, plan); }, steps);
+    return with_projection<Cell>(p.dir[0].W_hr, [&](auto flag) {
+      constexpr bool projected = decltype(flag)::value;
+      return at_once_or_steps(
+          plan, [&] { return backward_at_once<Cell, Product, RN, projected>(p, call, plan); },
+          [&] { return backward_steps<Cell, Product, RN, wide, projected>(p, call, plan); });
+    });
   });
 }
 
@@ -140,7 +150,6 @@ template <class Cell, class T>
 constexpr CellDriver<T> cell_driver() {
   CellDriver<T> driver{};
   driver.projects = Cell::projects;
-  driver.gates = Cell::gates;
   driver.forward_kernel = persistent_kernel<Cell, T, true>;
   driver.backward_kernel = persistent_kernel<Cell, T, false>;
   driver.forward_workspace = workspace_of<Cell, ForwardCall<T>, ForwardProblem<T>>;
@@ -164,24 +173,20 @@ Status check_problem(int cell, const Problem& p) {
   return valid_sizes(p, cell_drivers<T>[cell].projects) ? Status::ok : Status::bad_problem;
 }
 
-// The recurrence of a layer without a projection may be a persistent kernel's.
 template <class T, class Problem>
-CudaPlan plan_of(const CellDriver<T>& driver, FindPersistent persistent, const Problem& p,
-                 const CudaCall& call) {
-  const auto found = p.dir[0].W_hr ? nullptr : persistent;
-  return make_cuda_plan(call, {cuda_type<T>, p.seq.B, p.H, p.D, driver.gates, found});
+CudaPlan plan_of(FindPersistent persistent, const Problem& p, const CudaCall& call) {
+  return make_cuda_plan(
+      call, {cuda_type<T>, p.seq.B, p.D, {p.H, p.P}, p.dir[0].W_hr != nullptr, persistent});
 }
 
 template <class T>
 CudaPlan forward_plan(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
-  const CellDriver<T>& driver = cell_drivers<T>[cell];
-  return plan_of(driver, driver.forward_kernel, p, call);
+  return plan_of<T>(cell_drivers<T>[cell].forward_kernel, p, call);
 }
 
 template <class T, class A>
 CudaPlan backward_plan(int cell, const BackwardProblem<T, A>& p, const CudaCall& call) {
-  const CellDriver<T>& driver = cell_drivers<T>[cell];
-  return plan_of(driver, driver.backward_kernel, p, call);
+  return plan_of<T>(cell_drivers<T>[cell].backward_kernel, p, call);
 }
 
 template <class T, class Problem, class Run>

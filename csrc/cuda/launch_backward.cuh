@@ -84,7 +84,7 @@ Status backward_steps(const BackwardProblem<typename Product::Data, typename Pro
   return queue.status();
 }
 
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int RN, bool projected>
 cudaError_t backward_at_once(const BackwardProblem<typename Product::Data, typename Product::A>& p,
                              const CudaCall& call, const CudaPlan& plan) {
   using T = typename Product::Data;
@@ -94,7 +94,7 @@ cudaError_t backward_at_once(const BackwardProblem<typename Product::Data, typen
   Queue queue(call, plan);
   queue_preparation<Cell, T>(queue, s);
   queue_steps(queue, s);
-  queue_sequence(queue, backward_sequence<Cell, Product, RN>, plan, s);
+  queue_sequence(queue, backward_sequence<Cell, Product, RN, projected>, plan, s);
   return queue.error();
 }
 

@@ -59,7 +59,7 @@ Status forward_steps(const ForwardProblem<typename Product::Data>& p, const Cuda
   return queue.status();
 }
 
-template <class Cell, class Product, int RN>
+template <class Cell, class Product, int RN, bool projected>
 cudaError_t forward_at_once(const ForwardProblem<typename Product::Data>& p, const CudaCall& call,
                             const CudaPlan& plan) {
   using T = typename Product::Data;
@@ -67,9 +67,10 @@ cudaError_t forward_at_once(const ForwardProblem<typename Product::Data>& p, con
   s.p = p;
   lay_out<Cell>(s, call);
   Queue queue(call, plan);
-  queue.elements(forward_prepare<Cell, T>, p.D * p.seq.B * p.H, s);
+  const int64_t width = p.P > p.H ? p.P : p.H;
+  queue.elements(forward_prepare<Cell, T>, p.D * p.seq.B * width, s);
   queue_steps(queue, s);
-  queue_sequence(queue, forward_sequence<Cell, Product, RN>, plan, s);
+  queue_sequence(queue, forward_sequence<Cell, Product, RN, projected>, plan, s);
   return queue.error();
 }
 

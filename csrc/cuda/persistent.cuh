@@ -11,6 +11,9 @@
 //   each exchange   operands of its own ahead │ wait │ product, gate math │ arrive │ results
 //                                             └ what all of the group have made
 //
+// With a projection a block also has the rows of W_hr that belong to its units of P, which may be
+// none, and a step a second exchange, of what is projected.
+//
 // What the blocks exchange goes through global memory; exchange.cuh says who waits for whom. What a
 // thread carries from step to step for its unit stays in registers if the group has a single tile
 // of rows; with more tiles the thread keeps it in the workspace. Sums are those of the step-wise
@@ -18,6 +21,7 @@
 #pragma once
 
 #include "cuda/exchange.cuh"
+#include "cuda/plan.h"
 #include "cuda/steps.cuh"
 
 namespace rnnkern {
@@ -25,51 +29,53 @@ namespace rnnkern {
 constexpr int kSequenceBlocks = 2;  // on a multiprocessor at least: leaves 255 registers a thread
 
 // The shared memory of a block: the work of the product that needs most, then as much of the
-// weights as is to be resident, those of phase 0 first. Shape says for each phase how many gates
-// the product makes of a unit, and of how many elements a row of its operand is.
+// weights as is to be resident, those of the first stage first. Shape says for each stage how many
+// gates the product makes of a unit, and of how many elements a row of its operand is.
 template <class Shape, class Product, int RN>
 struct BlockMemory {
   using T = typename Product::Data;
-  static constexpr int last = Shape::phases - 1;
+  static constexpr int last = Shape::stages - 1;
 
   RNNKERN_HD static constexpr int work(bool all_kept) {
     const int a = Product::template work<Shape::template gates<0>, RN>(all_kept);
     const int b = Product::template work<Shape::template gates<last>, RN>(all_kept);
     return a > b ? a : b;
   }
-  RNNKERN_HD static int64_t all(int64_t H) {
-    return whole<0>(H) + (last == 1 ? whole<last>(H) : 0);
+  RNNKERN_HD static int64_t all(const Widths& widths) {
+    return whole<0>(widths) + (last == 1 ? whole<last>(widths) : 0);
   }
   // Bytes that are kept where there is room for so many.
-  RNNKERN_HD static int64_t kept(int64_t H, int64_t room) {
-    const int64_t first = part<0>(H, room);
-    return first + (last == 1 ? part<last>(H, room - first) : 0);
+  RNNKERN_HD static int64_t kept(const Widths& widths, int64_t room) {
+    const int64_t first = part<0>(widths, room);
+    return first + (last == 1 ? part<last>(widths, room - first) : 0);
   }
-  // The weights of a phase, of which their part of `resident` bytes in all goes into shared memory.
-  template <int phase>
-  __device__ static Kept<T> keep(const T* weights, int64_t H, int64_t resident, int64_t u0) {
-    constexpr int NG = Shape::template gates<phase>;
-    const int64_t before = phase == 0 ? 0 : part<0>(H, resident);
-    const int64_t depth = part<phase>(H, resident - before) / piece<phase> * Product::kDepth;
-    unsigned char* data = block_memory() + work(resident >= all(H)) + before;
-    const Kept<T> kept{{weights, H, Shape::template operand<phase>(H)}, depth, data};
+  // The weights of a stage of so many units, of which their part of `resident` bytes in all goes
+  // into shared memory.
+  template <int stage>
+  __device__ static Kept<T> keep(const T* weights, int64_t units, const Widths& widths,
+                                 int64_t resident, int64_t u0) {
+    constexpr int NG = Shape::template gates<stage>;
+    const int64_t before = stage == 0 ? 0 : part<0>(widths, resident);
+    const int64_t depth = part<stage>(widths, resident - before) / piece<stage> * Product::kDepth;
+    unsigned char* data = block_memory() + work(resident >= all(widths)) + before;
+    const Kept<T> kept{{weights, units, Shape::template operand<stage>(widths)}, depth, data};
     Product::template keep<NG>(kept, u0);
     return kept;
   }
 
  private:
-  template <int phase>
-  static constexpr int piece = Product::template piece<Shape::template gates<phase>>();
+  template <int stage>
+  static constexpr int piece = Product::template piece<Shape::template gates<stage>>();
 
-  template <int phase>
-  RNNKERN_HD static int64_t whole(int64_t H) {
-    const int64_t K = Shape::template operand<phase>(H);
-    return (K + Product::kDepth - 1) / Product::kDepth * piece<phase>;
+  template <int stage>
+  RNNKERN_HD static int64_t whole(const Widths& widths) {
+    const int64_t K = Shape::template operand<stage>(widths);
+    return (K + Product::kDepth - 1) / Product::kDepth * piece<stage>;
   }
-  template <int phase>
-  RNNKERN_HD static int64_t part(int64_t H, int64_t room) {
-    const int64_t pieces = room / piece<phase> * piece<phase>;
-    return pieces < whole<phase>(H) ? pieces : whole<phase>(H);
+  template <int stage>
+  RNNKERN_HD static int64_t part(const Widths& widths, int64_t room) {
+    const int64_t pieces = room / piece<stage> * piece<stage>;
+    return pieces < whole<stage>(widths) ? pieces : whole<stage>(widths);
   }
 };
 

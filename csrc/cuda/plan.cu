@@ -8,10 +8,11 @@
 //
 //   step = passes · blocks on the busiest multiprocessor · pass
 //   pass = streamed / 64 + resident / 128 + bytes of the operand / 64     on tensor cores
-//        = streamed / 64 + 4 · (G·H + row tiles · K) · (size of the type summed in / 4)   otherwise
+//        = streamed / 64 + 4 · (W + row tiles · K) · (size of the type summed in / 4)     otherwise
 //
-// where a pass is one tile of 8·row tiles rows, of which a group has `passes`, and K the operand's
-// elements of a row: H for each phase in forward, G·H in backward. What is resident comes from
+// where a pass is one tile of 8·row tiles rows, of which a group has `passes`, W the weights of a
+// unit, over all products of a step, and K the elements of a row that these read: H for each phase
+// in forward, G·H in backward, with a projection P and H or G·H and P. What is resident comes from
 // shared memory, what is streamed and the operand by way of L2; exact products are bound by what a
 // warp loads for its multiply-adds. The time of the exchange is the same for all and left out. No
 // GPU has confirmed any of it.
@@ -119,15 +120,15 @@ int64_t room_of(const Device& device, int blocks) {
   return room < device.block_memory ? room : device.block_memory;
 }
 
-double clocks_of_pass(const CudaSizes& s, const CudaPlan& plan, int64_t operand) {
-  const auto K = static_cast<double>(operand);
+double clocks_of_pass(const CudaSizes& s, const CudaPlan& plan, const PersistentKernel& found) {
+  const auto K = static_cast<double>(found.operand);
   const double streamed = double(plan.streamed) / 64;
   if (plan.tensor_cores) {
     const double rows = 8.0 * plan.row_tiles;
     return streamed + double(plan.resident) / 128 + rows * K * double(size_of(s.type)) / 64;
   }
   const double words = s.type == CudaType::float64 ? 2 : 1;
-  return streamed + 4.0 * (double(s.gates * s.H) + plan.row_tiles * K) * words;
+  return streamed + 4.0 * (double(found.weights) + plan.row_tiles * K) * words;
 }
 
 // Completes `tried`, whose rows a tile and bytes of R are set, by the best number of groups, and
@@ -137,7 +138,7 @@ void take_better(const Device& device, const CudaSizes& s, const PersistentKerne
   const int64_t all = held(device, found.kernel, tried.memory) * device.multiprocessors;
   const int64_t row_blocks = tiles(s.B, 8 * tried.row_tiles);
   const int64_t blocks = s.D * tried.blocks_of_group;
-  const double pass = clocks_of_pass(s, tried, found.operand);
+  const double pass = clocks_of_pass(s, tried, found);
   for (tried.groups = 1; tried.groups <= row_blocks && tried.groups <= all / blocks;
        ++tried.groups) {
     const int64_t crowd = tiles(blocks * tried.groups, device.multiprocessors);
@@ -153,15 +154,16 @@ void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
   double least = 0;
   CudaPlan tried = plan;
   tried.wide = false;
-  tried.blocks_of_group = tiles(s.H, kUnits);
+  const Widths& widths = s.widths;
+  tried.blocks_of_group = tiles(widths.P > widths.H ? widths.P : widths.H, kUnits);
   for (const int row_tiles : {1, 4}) {
-    const PersistentKernel found = s.persistent(plan.tensor_cores, row_tiles, s.H);
+    const PersistentKernel found = s.persistent(plan.tensor_cores, row_tiles, widths, s.projected);
     tried.row_tiles = row_tiles;
     for (const int blocks : {1, 2}) {
       const int64_t room = room_of(device, blocks);
       const bool all = found.all + found.work <= room;
       if (!all && found.streaming_work > room) continue;
-      tried.resident = all ? found.all : found.kept(s.H, room - found.streaming_work);
+      tried.resident = all ? found.all : found.kept(widths, room - found.streaming_work);
       tried.streamed = found.all - tried.resident;
       tried.memory = tried.resident + (all ? found.work : found.streaming_work);
       take_better(device, s, found, tried, least, plan);
@@ -181,9 +183,11 @@ CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes) {
   const int least = tensor_cores_from(sizes.type, call.tf32);
   plan.tensor_cores = least > 0 && kernel_architecture(call.device) >= least;
   plan.row_tiles = sizes.B <= 8 ? 1 : 4;
-  plan.wide = sizes.B > 8 && sizes.D * tiles(sizes.B, 32) * tiles(sizes.H, 4 * kUnits) >=
-                                 multiprocessors(call.device);
-  if (!call.persistent || !sizes.persistent) return plan;
+  const bool widens = plan.tensor_cores || sizes.type == CudaType::float32;  // the product
+  plan.wide = widens && sizes.B > 8 &&
+              sizes.D * tiles(sizes.B, 32) * tiles(sizes.widths.H, 4 * kUnits) >=
+                  multiprocessors(call.device);
+  if (!call.persistent) return plan;
   const DeviceGuard guard(call.device);
   const Device device = guard.error() == cudaSuccess ? ask(call.device) : Device{};
   if (device.cooperates) make_persistent(device, sizes, plan);

@@ -15,22 +15,30 @@ struct CudaCall {
 
 enum class CudaType { float64, float32, float16, bfloat16 };
 
+// Of a layer; P = H without a projection.
+struct Widths {
+  int64_t H, P;
+};
+
 // The persistent kernel of one cell, pass, product and number of row tiles; see persistent.cuh.
 struct PersistentKernel {
   const void* kernel;
-  int64_t all;                               // bytes of a block's rows of R in shared memory
-  int64_t (*kept)(int64_t H, int64_t room);  // of these, what fits in so many
+  int64_t all;                                   // bytes of a block's rows of R in shared memory
+  int64_t (*kept)(const Widths&, int64_t room);  // of these, what fits in so many
   int64_t work, streaming_work;  // bytes that its products take besides, if all is kept or not
-  int64_t operand;               // elements that its products read of each row
+  int64_t weights;               // elements that its products read of each unit's
+  int64_t operand;               // and of each row
 };
-using FindPersistent = PersistentKernel (*)(bool tensor_cores, int row_tiles, int64_t H);
+using FindPersistent = PersistentKernel (*)(bool tensor_cores, int row_tiles, const Widths&,
+                                            bool projected);
 
 // What a plan depends on, besides the device.
 struct CudaSizes {
   CudaType type;
-  int64_t B, H, D;
-  int gates;
-  FindPersistent persistent;  // null: there is none
+  int64_t B, D;
+  Widths widths;
+  bool projected;
+  FindPersistent persistent;
 };
 
 struct CudaPlan {

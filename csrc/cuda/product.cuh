@@ -46,7 +46,8 @@ template <class T>
 struct ExactProduct {
   using Data = T;
   using A = Accumulator<T>;
-  static constexpr int kDepth = 32;  // k at a time
+  static constexpr int kDepth = 32;                          // k at a time
+  static constexpr bool kWidens = std::is_same_v<T, float>;  // others are not worth compiling
 
   template <int NU, int NG, int RN>
   RNNKERN_HD static constexpr int memory() {
@@ -160,6 +161,7 @@ struct TensorProduct {
   static constexpr int kWords = 4;                                    // of a lane
   static constexpr int kElements = 16 / static_cast<int>(sizeof(T));  // of a lane
   static constexpr int kDepth = 4 * kElements;                        // k of a warp at a time
+  static constexpr bool kWidens = true;
 
   template <int NU, int NG, int RN>
   RNNKERN_HD static constexpr int memory() {

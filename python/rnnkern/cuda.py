@@ -148,7 +148,7 @@ class Cuda(Backend):
         where = (device, 0, 0, uses_tf32(T), pinned_plan() == "persistent")
         choose = getattr(self._native, f"plan_{_NAMES[dtype]}")
         with _current(data.device):
-            chosen: Plan = choose(cell.index, where, (B, H, D, P > 0))
+            chosen: Plan = choose(cell.index, where, (B, H, D, P))
         return chosen
 
 

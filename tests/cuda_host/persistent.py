@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from cases import (
     Case,
@@ -20,8 +22,9 @@ THREADS = 128  # of a block
 
 
 def cases_of(*sizes: tuple[int, int], T: int = 4) -> list[Case]:
-    """Return cells without projections, with every feature, for each (B,H)."""
-    return [c for B, H in sizes for c in feature_cases(T=T, B=B, I=3, H=H) if not c.P]
+    """Return every cell with every feature, for each (B,H); projections to about half the units."""
+    cases = [c for B, H in sizes for c in feature_cases(T=T, B=B, I=3, H=H)]
+    return [dataclasses.replace(c, P=c.H // 2 + 1) if c.P else c for c in cases]
 
 
 def with_room_for(host: Host, case: Case, groups: int) -> None:

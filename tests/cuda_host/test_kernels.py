@@ -130,6 +130,8 @@ def test_blocks_are_wide_where_they_fill_the_device(host: Host) -> None:
         plan = plan_of(host, Case("rnn_tanh", B=33, H=65, D=2), torch.float32)["forward"]
         assert plan["wide_blocks"] is (multiprocessors == 8)
     host.device_size(1)
+    for dtype, device in ((torch.float64, 0), (torch.bfloat16, 1)):  # which are not worth it
+        assert not plan_of(host, Case("gru", B=33), dtype, device)["backward"]["wide_blocks"]
     plans = plan_of(host, Case("lstm", B=8, H=1000), torch.float32)
     told = str(Explanation("lstm", "cuda", "", EXACT[0], EXACT[0], plan=plans))
     assert told.endswith("one launch a step, fused multiply-adds, 8 rows of 16 units a block")

@@ -17,20 +17,20 @@ pytestmark = pytest.mark.usefixtures("persistently")
 STEPS_OF_AN_ARGUMENT = 224  # of a packed sequence
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "P"), [*((cell, 0) for cell in CELLS), ("lstm", 1)])
 @pytest.mark.parametrize(
     ("layout", "T"),
     [("padded", 2), *(("packed", T) for T in (1, STEPS_OF_AN_ARGUMENT, STEPS_OF_AN_ARGUMENT + 1))],
 )
-def test_one_launch_for_all_steps(host: Host, cell: str, layout: Any, T: int) -> None:
+def test_one_launch_for_all_steps(host: Host, cell: str, P: int, layout: Any, T: int) -> None:
     """Before it one for the states and, if packed, one for each so many steps.
 
-    In backward also one for each direction's weights, by phases.
+    In backward also one for each direction's weights, by phases, and for its projection.
     """
-    args = build(Case(cell, T=T, B=2, I=1, H=2, D=2, layout=layout), torch.float64)
+    args = build(Case(cell, T=T, B=2, I=1, H=2, D=2, P=P, layout=layout), torch.float64)
     before, found = host.launches(), evaluate(args)
     steps = -(-T // STEPS_OF_AN_ARGUMENT) if layout == "packed" else 0
-    plain = 1 + steps + 1 + 2 * CELLS[cell].phases + steps
+    plain = 1 + steps + 1 + 2 * (CELLS[cell].phases + P) + steps
     assert host.launches() == Launches(before.plain + plain, before.cooperative + 2)
     with planned("stepwise"):
         assert_identical(found, evaluate(args))
@@ -56,7 +56,6 @@ def test_an_unknown_plan_is_an_error(host: Host) -> None:
 @pytest.mark.parametrize(
     ("case", "device"),
     [
-        (Case("lstm", P=2), 0),  # a projection
         (Case("lstm"), 2),  # no cooperative launches
         (Case("lstm", H=33, D=2), 0),  # six blocks on a device of five
         (Case("gru", H=80), 0),
