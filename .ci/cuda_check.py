@@ -3,7 +3,7 @@
     python .ci/cuda_check.py          for the architectures of a build without a GPU
     python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
     python .ci/cuda_check.py --list   also print the registers of each kernel
-    python .ci/cuda_check.py --built  only what PTX for sm_80 shows: the build has shown the rest
+    python .ci/cuda_check.py --built  only PTX, for sm_80 and sm_75; spills are the build's to show
     python .ci/cuda_check.py --nvcc   print the compiler, or nothing, and check nothing
 
 Needs nvcc, where CMake finds it; without it, nothing is checked and the exit status is 0.

@@ -1,9 +1,10 @@
 // How the blocks of a persistent kernel tell each other of their steps.
 //
 // A block that has written its part of what the others read adds one to its group's counter; a step
-// begins when the counter says that all have. What they exchange has two slots, of which a step
-// reads the one and writes the other. That a slot is read out before anyone overwrites it follows:
-// who writes it has waited for those that read it.
+// begins when the counter says that all have. What the next step reads has two slots, of which a
+// step reads the one and writes the other; what the next exchange of the same step reads has one.
+// That a slot is read out before anyone overwrites it follows: who writes it has waited for those
+// that read it.
 #pragma once
 
 #include "cuda/intrinsics.cuh"

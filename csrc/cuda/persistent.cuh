@@ -12,7 +12,8 @@
 //                                             └ what all of the group have made
 //
 // With a projection a block also has the rows of W_hr that belong to its units of P, which may be
-// none, and a step a second exchange, of what is projected.
+// none (in backward those of the transposed R, beside those of the transposed W_hr for its units of
+// H), and a step has a second exchange, of what is projected.
 //
 // What the blocks exchange goes through global memory; exchange.cuh says who waits for whom. What a
 // thread carries from step to step for its unit stays in registers if the group has a single tile

@@ -176,17 +176,19 @@ void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
 // Tensor cores where the architecture that the kernels were compiled for has them for the type:
 // results depend on this choice only. A launch for each step has blocks of 8 rows for small
 // batches, so that units fill the device, and of 32 otherwise, so that weights are read by fewer
-// blocks; and of four tiles of units where these give every multiprocessor a block, so that the
-// operand is.
+// blocks; and of four tiles of units where these give every multiprocessor a block in every stage,
+// of H units or P, so that the operand is read by fewer blocks too.
 CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes) {
   CudaPlan plan{};
   const int least = tensor_cores_from(sizes.type, call.tf32);
   plan.tensor_cores = least > 0 && kernel_architecture(call.device) >= least;
   plan.row_tiles = sizes.B <= 8 ? 1 : 4;
   const bool widens = plan.tensor_cores || sizes.type == CudaType::float32;  // the product
-  plan.wide = widens && sizes.B > 8 &&
-              sizes.D * tiles(sizes.B, 32) * tiles(sizes.widths.H, 4 * kUnits) >=
-                  multiprocessors(call.device);
+  const Widths& widths = sizes.widths;
+  const int64_t units = widths.P < widths.H ? widths.P : widths.H;
+  plan.wide =
+      widens && sizes.B > 8 &&
+      sizes.D * tiles(sizes.B, 32) * tiles(units, 4 * kUnits) >= multiprocessors(call.device);
   if (!call.persistent) return plan;
   const DeviceGuard guard(call.device);
   const Device device = guard.error() == cudaSuccess ? ask(call.device) : Device{};

@@ -23,7 +23,7 @@ struct Widths {
 // The persistent kernel of one cell, pass, product and number of row tiles; see persistent.cuh.
 struct PersistentKernel {
   const void* kernel;
-  int64_t all;                                   // bytes of a block's rows of R in shared memory
+  int64_t all;                                   // bytes of all a block's weights, of R and W_hr
   int64_t (*kept)(const Widths&, int64_t room);  // of these, what fits in so many
   int64_t work, streaming_work;  // bytes that its products take besides, if all is kept or not
   int64_t weights;               // elements that its products read of each unit's
@@ -48,7 +48,7 @@ struct CudaPlan {
   // The persistent kernel's; blocks_of_group 0: a launch for each step.
   int64_t blocks_of_group;
   int64_t groups;    // of each direction
-  int64_t resident;  // bytes of R in a block's shared memory
+  int64_t resident;  // bytes of weights in a block's shared memory
   int64_t streamed;  // bytes that the rest would take, which it reads in every step
   int64_t memory;    // bytes of a block's shared memory
 };

@@ -61,8 +61,8 @@ template <int stages, bool wide>
 constexpr int kStepBlocks = wide && stages > 1 ? 2 : 3;
 
 // Tiles of kUnits units that a block of a step-wise kernel computes at once, in a stage that makes
-// NG products a unit. A wide kernel has four tiles of weights to each row that it reads, as the
-// gates of an LSTM make them.
+// NG products a unit. A wide kernel has three or four tiles of weights to each row that it reads,
+// as the gates of a GRU or an LSTM make them.
 template <int NG, bool wide>
 constexpr int kUnitTiles = wide && NG < 4 ? 4 / NG : 1;
 

@@ -129,6 +129,8 @@ def test_blocks_are_wide_where_they_fill_the_device(host: Host) -> None:
         host.device_size(multiprocessors)
         plan = plan_of(host, Case("rnn_tanh", B=33, H=65, D=2), torch.float32)["forward"]
         assert plan["wide_blocks"] is (multiprocessors == 8)
+    host.device_size(2)  # a projection has a single tile
+    assert not plan_of(host, Case("lstm", B=9, H=128, P=64), EXACT[0])["forward"]["wide_blocks"]
     host.device_size(1)
     for dtype, device in ((torch.float64, 0), (torch.bfloat16, 1)):  # which are not worth it
         assert not plan_of(host, Case("gru", B=33), dtype, device)["backward"]["wide_blocks"]

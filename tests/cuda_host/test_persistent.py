@@ -50,6 +50,18 @@ def test_the_bits_of_the_stepwise_kernels(
     assert_same_as_stepwise(host, build(case, dtype), dtype)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("B", "P"), [(3, 33), (70, 5), (70, 33)])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_projections_to_fewer_and_more_units(
+    host: Host, B: int, P: int, groups: int, dtype: torch.dtype
+) -> None:
+    """Seven units, so that some blocks have no unit of H."""
+    case = Case("lstm", T=3, B=B, I=3, H=7, P=P, D=2, resets=True, reset_state=True)
+    host.device_size(groups * case.D * -(-max(case.H, P) // 16), THREADS)
+    assert_same_as_stepwise(host, build(case, dtype), dtype)
+
+
 def test_the_cases_meet_every_kind_of_plan(host: Host) -> None:
     """Both kernels, one group or more, rows that share registers and rows that do not."""
     met: dict[str, set[tuple[int, int, bool]]] = {"forward": set(), "backward": set()}

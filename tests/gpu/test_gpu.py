@@ -105,18 +105,23 @@ def test_runs_repeat_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
         assert_identical(evaluate(args), first)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "projects"), [*((cell, 0) for cell in CELLS), ("lstm", 1)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(1, 512), (64, 1024), (200, 512), (16, 2048)], ids=str)
 def test_both_plans_have_the_same_bits(
-    cell: str, dtype: torch.dtype, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    cell: str,
+    projects: int,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Many blocks and steps, where a fault in the exchange is likely to show.
 
     In the largest layers, but for the Elman cells, weights are streamed on most devices.
     """
     B, H = size
-    args = on_gpu(build(Case(cell, T=100, B=B, I=5, H=H, lengths=True, resets=True), dtype))
+    case = Case(cell, T=100, B=B, I=5, H=H, P=projects * (H // 2 + 1), lengths=True, resets=True)
+    args = on_gpu(build(case, dtype))
     monkeypatch.setenv("RNNKERN_CUDA_PLAN", "stepwise")
     wanted = evaluate(args)
     monkeypatch.setenv("RNNKERN_CUDA_PLAN", "persistent")
