@@ -139,7 +139,7 @@ def main() -> int:
     for line in wrong:
         print(line, file=sys.stderr)
     where = ", ".join(f"sm_{architecture}" for architecture in architectures)
-    print(f"{where}: {count} kernels compiled, {read} read as PTX, {len(wrong)} faults")
+    print(f"{count} kernels compiled for {where}, {read} read as PTX: {len(wrong)} faults")
     return 1 if wrong or count == 0 or read == 0 else 0
 
 

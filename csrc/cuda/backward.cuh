@@ -325,7 +325,7 @@ __device__ __forceinline__ void backward_first_phase(const BackwardStep<typename
 }
 
 template <class Cell, class Product, int RN, bool wide, bool projected>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<kStages<Cell, projected>, wide>)
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Product, kStages<Cell, projected>, wide>)
     backward_step(const BackwardStep<typename Product::Data> s) {
   constexpr int NU = kUnitTiles<1, wide>;
   const auto& p = s.p;

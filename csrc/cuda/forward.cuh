@@ -254,8 +254,13 @@ __device__ __forceinline__ void forward_project(const ForwardStep<typename Produ
   }
 }
 
+// Whether a wide kernel has a stage of several tiles of units.
+template <class Cell, bool projected>
+constexpr bool kForwardWidens = projected || kUnitTiles<phase_gates<Cell, 0>, true> > 1 ||
+                                kUnitTiles<phase_gates<Cell, Cell::phases - 1>, true> > 1;
+
 template <class Cell, class Product, int RN, bool wide, bool projected>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<kStages<Cell, projected>, wide>)
+__global__ void __launch_bounds__(kThreads, kStepBlocks<Product, kStages<Cell, projected>, wide>)
     forward_step(const ForwardStep<typename Product::Data> s) {
   constexpr int last = Cell::phases - 1;
   constexpr int first_tiles = kUnitTiles<phase_gates<Cell, 0>, wide>;

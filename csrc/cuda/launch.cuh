@@ -9,7 +9,7 @@
 
 namespace rnnkern {
 
-// run(product, row tiles, wide); no kernel is wide with one row tile.
+// run(product, row tiles, wide); no kernel is wide with one row tile, or if its product is not to.
 template <class Product, class Run>
 auto with_tile(const CudaPlan& plan, Run&& run) {
   using std::integral_constant;
@@ -47,6 +47,15 @@ auto with_projection(bool projected, Run&& run) {
   return run(std::false_type{});
 }
 
+// run(product, row tiles, wide, projected): what the kernels of a plan are templates of.
+template <class Cell, class T, class Run>
+auto with_kernel(const CudaPlan& plan, bool is_projected, Run&& run) {
+  return with_plan<T>(plan, [&](auto product, auto rows, auto wide) {
+    return with_projection<Cell>(
+        is_projected, [&](auto projected) { return run(product, rows, wide, projected); });
+  });
+}
+
 // A persistent kernel, from how much its products read of a unit's weights and of a row.
 template <class Memory>
 PersistentKernel described(const void* kernel, const Widths& widths, int64_t weights,
@@ -62,29 +71,28 @@ PersistentKernel persistent_kernel(bool tensor_cores, int row_tiles, const Width
   CudaPlan plan{};
   plan.tensor_cores = tensor_cores;
   plan.row_tiles = row_tiles;
-  return with_plan<T>(plan, [&](auto product, auto rows, auto) {
+  return with_kernel<Cell, T>(plan, is_projected, [&](auto product, auto rows, auto, auto flag) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
-    return with_projection<Cell>(is_projected, [&](auto flag) {
-      constexpr bool projected = decltype(flag)::value;
-      const int64_t H = widths.H, P = widths.P, G = Cell::gates;
-      if constexpr (forward) {
-        return described<BlockMemory<ForwardShape<Cell, projected>, Product, RN>>(
-            reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN, projected>), widths,
-            G * P + (projected ? H : 0), P + (kStages<Cell, projected> - 1) * H);
-      } else {
-        const int64_t reads = G * H + (projected ? P : 0);
-        return described<BlockMemory<BackwardShape<Cell, projected>, Product, RN>>(
-            reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN, projected>), widths,
-            reads, reads);
-      }
-    });
+    constexpr bool projected = decltype(flag)::value;
+    const int64_t H = widths.H, P = widths.P, G = Cell::gates;
+    if constexpr (forward) {
+      return described<BlockMemory<ForwardShape<Cell, projected>, Product, RN>>(
+          reinterpret_cast<const void*>(forward_sequence<Cell, Product, RN, projected>), widths,
+          G * P + (projected ? H : 0), P + (kStages<Cell, projected> - 1) * H);
+    } else {
+      const int64_t reads = G * H + (projected ? P : 0);
+      return described<BlockMemory<BackwardShape<Cell, projected>, Product, RN>>(
+          reinterpret_cast<const void*>(backward_sequence<Cell, Product, RN, projected>), widths,
+          reads, reads);
+    }
   });
 }
 
 template <class T>
 struct CellDriver {
   bool projects;
+  bool widens;  // forward without a projection; with one it does, and so does all of backward
   FindPersistent forward_kernel, backward_kernel;
   size_t (*forward_workspace)(const ForwardProblem<T>&, const CudaCall&);
   size_t (*backward_workspace)(const BackwardProblem<T, Accumulator<T>>&, const CudaCall&);
@@ -107,33 +115,29 @@ Status at_once_or_steps(const CudaPlan& plan, AtOnce&& at_once, Steps&& steps) {
 
 template <class Cell, class T>
 Status run_forward(const ForwardProblem<T>& p, const CudaCall& call, const CudaPlan& plan) {
-  return with_plan<T>(plan, [&](auto product, auto rows, auto is_wide) {
+  const auto run = [&](auto product, auto rows, auto is_wide, auto flag) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
-    constexpr bool wide = decltype(is_wide)::value;
-    return with_projection<Cell>(p.dir[0].W_hr, [&](auto flag) {
-      constexpr bool projected = decltype(flag)::value;
-      return at_once_or_steps(
-          plan, [&] { return forward_at_once<Cell, Product, RN, projected>(p, call, plan); },
-          [&] { return forward_steps<Cell, Product, RN, wide, projected>(p, call, plan); });
-    });
-  });
+    constexpr bool wide = decltype(is_wide)::value, projected = decltype(flag)::value;
+    return at_once_or_steps(
+        plan, [&] { return forward_at_once<Cell, Product, RN, projected>(p, call, plan); },
+        [&] { return forward_steps<Cell, Product, RN, wide, projected>(p, call, plan); });
+  };
+  return with_kernel<Cell, T>(plan, p.dir[0].W_hr, run);
 }
 
 template <class Cell, class T>
 Status run_backward(const BackwardProblem<T, Accumulator<T>>& p, const CudaCall& call,
                     const CudaPlan& plan) {
-  return with_plan<T>(plan, [&](auto product, auto rows, auto is_wide) {
+  const auto run = [&](auto product, auto rows, auto is_wide, auto flag) {
     using Product = decltype(product);
     constexpr int RN = decltype(rows)::value;
-    constexpr bool wide = decltype(is_wide)::value;
-    return with_projection<Cell>(p.dir[0].W_hr, [&](auto flag) {
-      constexpr bool projected = decltype(flag)::value;
-      return at_once_or_steps(
-          plan, [&] { return backward_at_once<Cell, Product, RN, projected>(p, call, plan); },
-          [&] { return backward_steps<Cell, Product, RN, wide, projected>(p, call, plan); });
-    });
-  });
+    constexpr bool wide = decltype(is_wide)::value, projected = decltype(flag)::value;
+    return at_once_or_steps(
+        plan, [&] { return backward_at_once<Cell, Product, RN, projected>(p, call, plan); },
+        [&] { return backward_steps<Cell, Product, RN, wide, projected>(p, call, plan); });
+  };
+  return with_kernel<Cell, T>(plan, p.dir[0].W_hr, run);
 }
 
 // Bytes of a workspace; Call is ForwardCall or BackwardCall.
@@ -150,6 +154,7 @@ template <class Cell, class T>
 constexpr CellDriver<T> cell_driver() {
   CellDriver<T> driver{};
   driver.projects = Cell::projects;
+  driver.widens = kForwardWidens<Cell, false>;
   driver.forward_kernel = persistent_kernel<Cell, T, true>;
   driver.backward_kernel = persistent_kernel<Cell, T, false>;
   driver.forward_workspace = workspace_of<Cell, ForwardCall<T>, ForwardProblem<T>>;
@@ -181,7 +186,10 @@ CudaPlan plan_of(FindPersistent persistent, const Problem& p, const CudaCall& ca
 
 template <class T>
 CudaPlan forward_plan(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
-  return plan_of<T>(cell_drivers<T>[cell].forward_kernel, p, call);
+  const CellDriver<T>& driver = cell_drivers<T>[cell];
+  CudaPlan plan = plan_of<T>(driver.forward_kernel, p, call);
+  plan.wide = plan.wide && (driver.widens || p.dir[0].W_hr);
+  return plan;
 }
 
 template <class T, class A>

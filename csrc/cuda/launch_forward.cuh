@@ -32,9 +32,8 @@ Status forward_steps(const ForwardProblem<typename Product::Data>& p, const Cuda
                 "one array is the operand of a second phase or of a projection, not of both");
   constexpr int first_gates = phase_gates<Cell, 0>;
   constexpr int last_gates = phase_gates<Cell, Cell::phases - 1>;
-  constexpr bool widens =
-      projected || kUnitTiles<first_gates, true> > 1 || kUnitTiles<last_gates, true> > 1;
-  constexpr bool wide = asked_wide && widens;  // else one kernel would be two
+  constexpr bool wide =
+      asked_wide && kForwardWidens<Cell, projected>;  // else one kernel would be two
   StepKernel<ForwardStep<T>> kernel{forward_step<Cell, Product, RN, wide, projected>};
   kernel.template add_stage<Product, first_gates, RN, wide>(p.H);
   if (Cell::phases == 2) kernel.template add_stage<Product, last_gates, RN, wide>(p.H);

@@ -177,13 +177,14 @@ void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
 // results depend on this choice only. A launch for each step has blocks of 8 rows for small
 // batches, so that units fill the device, and of 32 otherwise, so that weights are read by fewer
 // blocks; and of four tiles of units where these give every multiprocessor a block in every stage,
-// of H units or P, so that the operand is read by fewer blocks too.
+// of H units or P, so that the operand is read by fewer blocks too. float64, and
+// bfloat16 without tensor cores, are not worth the compile time (the products' kWidens).
 CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes) {
   CudaPlan plan{};
   const int least = tensor_cores_from(sizes.type, call.tf32);
   plan.tensor_cores = least > 0 && kernel_architecture(call.device) >= least;
   plan.row_tiles = sizes.B <= 8 ? 1 : 4;
-  const bool widens = plan.tensor_cores || sizes.type == CudaType::float32;  // the product
+  const bool widens = plan.tensor_cores || sizes.type == CudaType::float32;
   const Widths& widths = sizes.widths;
   const int64_t units = widths.P < widths.H ? widths.P : widths.H;
   plan.wide =

@@ -57,8 +57,9 @@ constexpr int kStages = Cell::phases + (projected ? 1 : 0);
 
 // Blocks of a step-wise kernel on a multiprocessor at least: three leave 168 registers a thread,
 // two 255, without which TF32's wide kernels of several stages spill.
-template <int stages, bool wide>
-constexpr int kStepBlocks = wide && stages > 1 ? 2 : 3;
+template <class Product, int stages, bool wide>
+constexpr int kStepBlocks =
+    wide && stages > 1 && std::is_same_v<Product, TensorProduct<float>> ? 2 : 3;
 
 // Tiles of kUnits units that a block of a step-wise kernel computes at once, in a stage that makes
 // NG products a unit. A wide kernel has three or four tiles of weights to each row that it reads,
