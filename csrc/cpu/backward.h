@@ -73,6 +73,7 @@ class BackwardLoop {
 
   // Run by every thread of the team.
   void run(const Plan& plan, Barrier* barriers, int rank) {
+    const TileRegisters<T> registers;
     const Place place(plan, rank);
     const Range mine = part(p_.D, place.direction_group, plan.direction_groups);
     for (int64_t d = mine.begin; d < mine.end; ++d) prepare(static_cast<int>(d), place);

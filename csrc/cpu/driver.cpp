@@ -9,6 +9,12 @@
 #include <new>
 #include <type_traits>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cells/registry.h"
 #include "cpu/kernels.h"
 #include "cpu/pages.h"
@@ -42,6 +48,22 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
 }
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Linux gives the matrix unit's registers, 8 KiB a thread, only to processes that ask for them.
+bool has_amx_bf16() {
+#if defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  static const bool granted =
+      (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
 #endif
 
 const Isa isas[] = {
@@ -50,8 +72,8 @@ const Isa isas[] = {
     {"avx2", &avx2_kernels, nullptr,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
     {"avx512", &avx512_kernels, nullptr, has_avx512},
-    {"avx512_bf16", &avx512_kernels, avx512_bf16_cells,
-     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {"avx512_bf16", &avx512_kernels, avx512_bf16_cells, has_avx512_bf16},
+    {"amx_bf16", &avx512_kernels, amx_bf16_cells, has_amx_bf16},
 #endif
 };
 

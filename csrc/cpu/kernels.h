@@ -31,8 +31,9 @@ extern const IsaKernels baseline_kernels;
 #if defined(__x86_64__)
 extern const IsaKernels avx2_kernels;
 extern const IsaKernels avx512_kernels;
-// For AVX512_BF16, which adds bfloat16 to what AVX-512 computes.
+// For AVX512_BF16 and AMX_BF16, which add bfloat16 to what AVX-512 computes.
 extern const CellKernels<Bfloat16>* const avx512_bf16_cells;
+extern const CellKernels<Bfloat16>* const amx_bf16_cells;
 #endif
 
 }  // namespace rnnkern

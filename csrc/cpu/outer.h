@@ -11,7 +11,7 @@
 #pragma once
 
 #include "core/problem.h"
-#include "cpu/simd.h"
+#include "cpu/amx.h"
 
 namespace rnnkern {
 namespace {
@@ -25,7 +25,7 @@ class Outer {
   using Part = OuterPart<T, A>;
   static constexpr int L = Pack<A>::lanes;
   static constexpr int NV = 2;
-  static constexpr int MR = kRegisters * 3 / 4 / NV;
+  static constexpr int MR = TileRegisters<T>::exist ? 2 * kTileRows : kRegisters * 3 / 4 / NV;
   static constexpr int64_t kRows = 256, kPackedRows = kRows / F::depth;
 
  public:
@@ -83,6 +83,12 @@ class Outer {
   struct Block {
     int64_t first, rows;
     bool adds;  // to what the blocks before gave
+
+    // Of packed data; there are zeros up to what a product takes at once.
+    int64_t packed_rows() const {
+      if (TileRegisters<T>::exist) return (rows + kTileFactors - 1) / kTileFactors * kTileRows;
+      return (rows + F::depth - 1) / F::depth;
+    }
   };
 
   static int64_t tiles(const Part& part) { return (part.O + MR - 1) / MR; }
@@ -122,6 +128,7 @@ class Outer {
       }
       return here;
     };
+    const A* const end = out + block.packed_rows() * NV * L;
     for (int64_t n = 0; n < block.rows; n += F::depth, out += NV * L) {
       const T* first = next();
       const T* second = F::depth > 1 && n + 1 < block.rows ? next() : nullptr;
@@ -132,11 +139,16 @@ class Outer {
         both.store(out + v * L);
       }
     }
+    for (; out < end; out += L) Pack<A>(A(0)).store(out);
   }
 
   static void pack_tile(const Part& part, const Block& block, int64_t tile, A* out) {
     const T* in = part.a + block.first * part.lda + tile * MR;
     const int columns = static_cast<int>(minimum(MR, part.O - tile * MR));
+    if constexpr (TileRegisters<T>::exist) {
+      pack_turned(in, part.lda, block.rows, columns, out);
+      return;
+    }
     for (int64_t n = 0; n < block.rows; n += F::depth, in += F::depth * part.lda, out += MR) {
       if constexpr (F::depth > 1) {
         store(out, F::join(in, n + 1 < block.rows ? in + part.lda : nullptr, columns), MR);
@@ -144,6 +156,27 @@ class Outer {
         std::memcpy(out, in, MR * sizeof(T));
       } else {
         for (int m = 0; m < MR; ++m) out[m] = m < columns ? in[m] : T(0);
+      }
+    }
+  }
+
+  // For the matrix unit, 32 rows of a after the other: for each column their factors side by side.
+  static void pack_turned(const T* in, int64_t ld, int64_t rows, int columns, A* out) {
+    for (int64_t n = 0; n < rows; n += L * F::depth) {
+      for (int o = 0; o < MR; o += L, out += L * L) {
+        const int lanes = static_cast<int>(clamp(columns - o, 0, L));
+        Pack<A> square[L];
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) {
+          const int64_t row = n + l * F::depth;
+          const T* first = in + row * ld + o;
+          const bool both = row + 1 < rows;
+          square[l] =
+              row < rows ? F::join(first, both ? first + ld : nullptr, lanes) : Pack<A>(A(0));
+        }
+        transpose(square);
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) square[l].store(out + l * L);
       }
     }
   }
@@ -187,6 +220,39 @@ class Outer {
     if (whole && block.adds) {  // the sums come from far, and the product takes longer than they do
       for (int m = 0; m < MR; ++m) prefetch(out + m * I, NV * L);
     }
+    if (whole) return multiply(block, a, b, out, I, block.adds);
+    A sums[MR][NV * L];
+    multiply(block, a, b, sums[0], NV * L, false);
+    for (int64_t m = 0; m < minimum(MR, part.O - tile * MR); ++m) {
+      for (int64_t u = 0; u < panel.count; u += L) {
+        const int lanes = static_cast<int>(minimum(panel.count - u, L));
+        const Pack<A> sum = Pack<A>::load(sums[m] + u);
+        A* at = out + m * I + u;
+        store(at, block.adds ? load(at, lanes) + sum : sum, lanes);
+      }
+    }
+  }
+
+  // A whole tile, at `out` with rows `ld` apart; `adds`: to what is there.
+  static void multiply(const Block& block, const A* a, const A* b, A* out, int64_t ld, bool adds) {
+    if constexpr (TileRegisters<T>::exist) {
+      using Sums = TileSums<T, 2, NV>;
+      TileRegisters<T>::set_height(MR);
+      if (adds) {
+        Sums::load({out, out + L}, ld);
+      } else {
+        Sums::clear();
+      }
+      Sums::add(reinterpret_cast<const T*>(a), kTileFactors, MR * kTileFactors, {b, b + L}, NV * L,
+                block.packed_rows() / kTileRows);
+      Sums::store({out, out + L}, ld);
+    } else {
+      multiply_by_registers(block, a, b, out, ld, adds);
+    }
+  }
+
+  static void multiply_by_registers(const Block& block, const A* a, const A* b, A* out, int64_t ld,
+                                    bool adds) {
     Pack<A> acc[MR][NV];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
@@ -204,27 +270,12 @@ class Outer {
         for (int v = 0; v < NV; ++v) acc[m][v] = F::dot(factor, row[v], acc[m][v]);
       }
     }
-    if (whole && block.adds) {
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 16
-        for (int v = 0; v < NV; ++v)
-          (Pack<A>::load(out + m * I + v * L) + acc[m][v]).store(out + m * I + v * L);
-      }
-      return;
-    }
-    A sums[MR][NV * L];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; ++v) acc[m][v].store(sums[m] + v * L);
-    }
-    for (int64_t m = 0; m < minimum(MR, part.O - tile * MR); ++m) {
-      for (int64_t u = 0; u < panel.count; u += L) {
-        const int lanes = static_cast<int>(minimum(panel.count - u, L));
-        const Pack<A> sum = Pack<A>::load(sums[m] + u);
-        A* at = out + m * I + u;
-        store(at, block.adds ? load(at, lanes) + sum : sum, lanes);
+      for (int v = 0; v < NV; ++v) {
+        A* at = out + m * ld + v * L;
+        (adds ? Pack<A>::load(at) + acc[m][v] : acc[m][v]).store(at);
       }
     }
   }

@@ -19,9 +19,7 @@ constexpr int64_t kMostBytes = int64_t{1} << 40;
 const RooflineLoops* const all_loops[] = {
     &baseline_roofline,
 #if defined(__x86_64__)
-    &avx2_roofline,
-    &avx512_roofline,
-    &avx512_bf16_roofline,
+    &avx2_roofline,     &avx512_roofline, &avx512_bf16_roofline, &amx_bf16_roofline,
 #endif
 };
 

@@ -25,6 +25,7 @@ extern const RooflineLoops baseline_roofline;
 extern const RooflineLoops avx2_roofline;
 extern const RooflineLoops avx512_roofline;
 extern const RooflineLoops avx512_bf16_roofline;
+extern const RooflineLoops amx_bf16_roofline;
 #endif
 
 enum class Quantity { fma, bf16, read, barrier };

@@ -1,8 +1,8 @@
 // Included once by each per-ISA file: the loops that reach that ISA's limits.
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/roofline.h"
-#include "cpu/simd.h"
 
 namespace rnnkern {
 namespace {
@@ -51,7 +51,27 @@ float roofline_read(const float* data, int64_t n, int64_t repeats) {
   return sum(sums, kSums);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// Four sums, each of them so often that they never wait for each other.
+constexpr double kBf16Flops = 2.0 * 4 * kSteps * kTileRows * kTileRows * kTileFactors;
+float roofline_bf16(int64_t repeats) {
+  const TileRegisters<Bfloat16> registers;
+  TileRegisters<Bfloat16>::set_height(2 * kTileRows);
+  TileSums<Bfloat16, 2, 2>::clear();
+  for (int64_t r = 0; r < repeats * kSteps; ++r) {  // factors are zero since the setting up
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  Pack<float> sums[2 * kTileRows * 2];
+  auto* out = reinterpret_cast<float*>(sums);
+  TileSums<Bfloat16, 2, 2>::store({out, out + Pack<float>::lanes}, 2 * Pack<float>::lanes);
+  return sum(sums, 2 * kTileRows * 2);
+}
+constexpr auto kBf16Loop = roofline_bf16;
+#elif defined(__AVX512BF16__)
+constexpr double kBf16Flops = 4.0 * kChains * kSteps * Pack<float>::lanes;
 float roofline_bf16(int64_t repeats) {
   __m512 chain[kChains];
   for (int i = 0; i < kChains; ++i) chain[i] = _mm512_set1_ps(static_cast<float>(i));
@@ -68,12 +88,14 @@ float roofline_bf16(int64_t repeats) {
 }
 constexpr auto kBf16Loop = roofline_bf16;
 #else
+constexpr double kBf16Flops = 0;
 constexpr float (*kBf16Loop)(int64_t) = nullptr;
 #endif
 
 constexpr RooflineLoops roofline_loops(const char* isa) {
-  const double operations = static_cast<double>(kChains) * kSteps * Pack<float>::lanes;
-  return {isa, 2 * operations, 4 * operations, roofline_fma, kBf16Loop, roofline_read};
+  return {isa,        2.0 * kChains * kSteps * Pack<float>::lanes,
+          kBf16Flops, roofline_fma,
+          kBf16Loop,  roofline_read};
 }
 
 }  // namespace

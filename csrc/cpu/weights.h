@@ -10,17 +10,19 @@
 //   k = 1 [ ..
 //
 // (of bfloat16, a row for two neighbouring k, side by side in each lane) so every gate of a unit
-// ends in the same lane. Units beyond the last are zero.
+// ends in the same lane. Units beyond the last are zero, as are rows up to what a product takes at
+// once.
 //
 // Tile. MR operand rows × NU neighbouring blocks with all their gates; NU is chosen so that a tile
 // has 3 or 4 registers a row whatever the cell, MR is what the register file holds. Every output
 // is summed in chains of kChain fma, k ascending, the first of them from the bias, and the chains
 // are added in order. So a value does not depend on the tile it was computed in, results are the
-// same for every split over threads, and the rounding error grows with kChain and not with K.
+// same for every split over threads, and the rounding error grows with kChain and not with K. Where
+// there is a matrix unit for the type, the tile is its own (cpu/amx.h).
 #pragma once
 
 #include "core/problem.h"
-#include "cpu/simd.h"
+#include "cpu/amx.h"
 
 namespace rnnkern {
 namespace {
@@ -85,7 +87,9 @@ struct Weights {
   using F = Factors<T>;
   static constexpr int L = Pack<A>::lanes;
   static constexpr int NU = NG >= 3 ? 1 : 4 / NG;
-  static constexpr int MR = kRegisters == 32 ? (NG == 3 ? 8 : 6) : (NG == 3 ? 4 : 3);
+  static constexpr int MR = TileRegisters<T>::exist ? 2 * kTileRows
+                            : kRegisters == 32      ? (NG == 3 ? 8 : 6)
+                                                    : (NG == 3 ? 4 : 3);
 
   int64_t K = 0, N = 0;  // operand elements, units
   A* data = nullptr;     // [blocks][1 + rows of K][NG][L]; null: not packed
@@ -96,7 +100,10 @@ struct Weights {
   const T* bias = nullptr;  // [NG,N], or null
 
   static int64_t blocks(int64_t N) { return (N + L - 1) / L; }
-  static int64_t packed_rows(int64_t K) { return (K + F::depth - 1) / F::depth; }
+  static int64_t packed_rows(int64_t K) {
+    if (TileRegisters<T>::exist) return (K + kTileFactors - 1) / kTileFactors * kTileRows;
+    return (K + F::depth - 1) / F::depth;
+  }
   static int64_t block_size(int64_t K) { return (1 + packed_rows(K)) * NG * L; }
   static int64_t size(int64_t K, int64_t N) { return blocks(N) * block_size(K); }
   A* block(int64_t index) const { return data + index * block_size(K); }
@@ -198,11 +205,13 @@ struct Weights {
       const int lanes = static_cast<int>(minimum(N - i * L, L));
       A* out = block(i);
       Pack<A>(A(0)).store(out);
+      const A* const end = out + block_size(K);
       for (int64_t k = 0; k < K; k += F::depth) {
         const T* row = R + k * ldr + i * L;
         out += L;
         F::join(row, k + 1 < K ? row + ldr : nullptr, lanes).store(out);
       }
+      for (out += L; out < end; out += L) Pack<A>(A(0)).store(out);
     }
   }
 
@@ -248,6 +257,15 @@ struct Weights {
 
   template <int count>
   void multiply_packed(const T* a, int64_t lda, int64_t m, int64_t first, A* out) const {
+    if constexpr (TileRegisters<T>::exist) {
+      TileProduct<T, count, NG>(a, lda, m, block(first), block_size(K), K, out);
+    } else {
+      multiply_by_registers<count>(a, lda, m, first, out);
+    }
+  }
+
+  template <int count>
+  void multiply_by_registers(const T* a, int64_t lda, int64_t m, int64_t first, A* out) const {
     const auto tile = [&](auto rows_of_tile) {
       multiply_tile<T, decltype(rows_of_tile)::value, count, NG>(a, lda, block(first),
                                                                  block_size(K), K, out);
