@@ -67,7 +67,9 @@ class BackwardLoop {
     if (projects_) w.blocks = minimum(w.blocks, s.projection.blocks(p_.H));
     w.stages = F + (projects_ ? 1 : 0);
     w.element_bytes = sizeof(T);
-    w.vector_bytes = kVectorBytes;
+    w.lanes = P::lanes;
+    w.tile_rows = Weights<T, 1>::MR;
+    w.cycle_flops = Weights<T, 1>::kCycleFlops;
     return w;
   }
 

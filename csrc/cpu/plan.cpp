@@ -7,6 +7,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/team.h"
 
@@ -36,9 +37,8 @@ double call_microseconds(const Work& work, Plan& plan) {
   const double share =
       static_cast<double>((work.blocks + plan.unit_groups - 1) / plan.unit_groups) / work.blocks;
   const double elements = static_cast<double>(work.weights) * share;
-  const double lanes = static_cast<double>(work.vector_bytes) / work.element_bytes;
-  const double flops_per_us = 4e3 * lanes * kGigahertz;  // two fma a cycle
-  const double tiles = (rows + 5) / 6;                   // each streams the slice once
+  const double flops_per_us = 1e3 * work.cycle_flops * kGigahertz;
+  const double tiles = std::ceil(rows / work.tile_rows);  // each streams the slice once
   const double bytes = elements * work.element_bytes;
   const double product =
       std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes, work.packs));
@@ -47,7 +47,8 @@ double call_microseconds(const Work& work, Plan& plan) {
       work.packs ? 0 : inputs * work.element_bytes;  // few rows: for each step
   const double input =
       std::max(2 * inputs * rows / flops_per_us, input_bytes / weight_rate(input_bytes, false));
-  const double pointwise = static_cast<double>(work.outputs) * share * rows / lanes * kPointwise;
+  const double pointwise =
+      static_cast<double>(work.outputs) * share * rows / work.lanes * kPointwise;
   const double barrier = plan.unit_groups > 1 ? work.stages * kBarrier : 0;
   plan.step_microseconds = directions * (input + product + pointwise + barrier);
   const double packed = work.packs ? static_cast<double>(work.D * (work.weights + work.inputs)) : 0;

@@ -22,7 +22,9 @@ struct Work {
   int64_t blocks;   // the fewest blocks of units that any of its products has
   int stages;       // products, and so barriers, in one step
   int element_bytes;
-  int vector_bytes;  // of the ISA
+  int lanes;        // outputs in a vector
+  int tile_rows;    // of operands that a pass over the weights is multiplied with
+  int cycle_flops;  // of one core, at most
 };
 
 struct Plan {

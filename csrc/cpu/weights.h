@@ -91,6 +91,10 @@ struct Weights {
                             : kRegisters == 32      ? (NG == 3 ? 8 : 6)
                                                     : (NG == 3 ? 4 : 3);
 
+  // Of a core, at most: two fma a cycle, or the matrix unit's product in 16.
+  static constexpr int kCycleFlops =
+      TileRegisters<T>::exist ? 2 * kTileRows * kTileFactors : 4 * L * F::depth;
+
   int64_t K = 0, N = 0;  // operand elements, units
   A* data = nullptr;     // [blocks][1 + rows of K][NG][L]; null: not packed
   // Where the weights are not packed: [NG,N,K], or [K,N] for a transposed product; rows ld apart.
