@@ -93,14 +93,21 @@ struct TileSums {
   }
 
   // Adds the products of `steps` times 32 factors. Left factors: a step and the next left_step
-  // apart, its rows left_row; right: 16 rows a step, right_row floats apart.
+  // apart, its rows left_row; right: 16 rows a step, right_row floats apart. Unless `ahead` is null,
+  // asks for as many cache lines from there on.
   RNNKERN_INLINE static void add(const T* left, int64_t left_row, int64_t left_step,
                                  const float* const (&right)[columns], int64_t right_row,
-                                 int64_t steps) {
+                                 int64_t steps, const float* ahead = nullptr) {
     const int64_t left_bytes = left_row * 2, right_bytes = right_row * 4;
     const T* lower = left + kTileRows * left_row;
     int64_t at = 0;
+    constexpr int kAhead = rows == 1 && columns > 2 ? 32 : 16;
     for (int64_t s = 0; s < steps; ++s) {
+      if (ahead) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kAhead; ++i) prefetch_far(ahead + i * Pack<float>::lanes);
+        ahead += kAhead * Pack<float>::lanes;
+      }
       _tile_loadd(6, right[0] + at, right_bytes);
       _tile_loadd(4, left, left_bytes);
       _tile_dpbf16ps(0, 4, 6);
@@ -147,8 +154,8 @@ class TileProduct {
 
  public:
   TileProduct(const T* a, int64_t lda, int64_t m, const float* w, int64_t stride, int64_t K,
-              float* out)
-      : a_(a), lda_(lda), w_(w), stride_(stride), K_(K), out_(out) {
+              float* out, const float* ahead)
+      : a_(a), lda_(lda), w_(w), stride_(stride), K_(K), out_(out), ahead_(ahead) {
     TileRegisters<T>::set_height(static_cast<int>(m));
     if (const int rest = static_cast<int>(K % kTileFactors)) {
       for (int64_t r = 0; r < m; ++r) {
@@ -179,7 +186,8 @@ class TileProduct {
     Sums::load(w, 0);  // the biases
     for (const float*& column : w) column += NG * L;
     const int64_t steps = K_ / kTileFactors;
-    Sums::add(a_, lda_, kTileFactors, w, NG * L, steps);
+    Sums::add(a_, lda_, kTileFactors, w, NG * L, steps, ahead_);
+    if (ahead_) ahead_ += K_ / 2 * L;
     if (K_ % kTileFactors != 0) {
       for (const float*& column : w) column += steps * kTileRows * NG * L;
       Sums::add(rest_, kTileFactors, 0, w, NG * L, 1);
@@ -192,6 +200,7 @@ class TileProduct {
   const float* const w_;
   const int64_t stride_, K_;
   float* const out_;
+  const float* ahead_;
   alignas(64) T rest_[2 * kTileRows * kTileFactors];  // K % 32 of each row, zeros after them
 };
 }  // namespace

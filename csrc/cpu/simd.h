@@ -300,6 +300,9 @@ RNNKERN_INLINE void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += line) __builtin_prefetch(p + i);
 }
 
+// Asks for a cache line in L2.
+RNNKERN_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // The standard library's templates are not used in per-ISA files: their symbols are shared between
 // ISAs.
 RNNKERN_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }

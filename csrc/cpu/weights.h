@@ -29,10 +29,11 @@ namespace {
 
 constexpr int64_t kChain = 128;
 
-// The product of MR rows and NU blocks, `stride` apart: out[MR][NU][NG][L].
+// The product of MR rows and NU blocks, `stride` apart: out[MR][NU][NG][L]. Meanwhile it asks for K
+// cache lines from `ahead` on, unless that is null.
 template <class T, int MR, int NU, int NG>
 void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t stride, int64_t K,
-                   Accumulator<T>* out) {
+                   Accumulator<T>* out, const Accumulator<T>* ahead) {
   using A = Accumulator<T>;
   using F = Factors<T>;
   constexpr int L = Pack<A>::lanes, NV = NU * NG;
@@ -63,6 +64,12 @@ void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t str
       k += F::depth;
     };
     const int64_t first = k, end = minimum(K, k + kChain), whole = end - end % F::depth;
+    if (ahead) {
+      for (; k < whole; ahead += L) {
+        prefetch_far(ahead);
+        step([](const T* p) RNNKERN_LAMBDA { return F::spread(p); });
+      }
+    }
     while (k < whole) step([](const T* p) RNNKERN_LAMBDA { return F::spread(p); });
     if (k < end) step([](const T* p) RNNKERN_LAMBDA { return F::spread_one(p); });
 #pragma GCC unroll 8
@@ -111,6 +118,11 @@ struct Weights {
   static int64_t block_size(int64_t K) { return (1 + packed_rows(K)) * NG * L; }
   static int64_t size(int64_t K, int64_t N) { return blocks(N) * block_size(K); }
   A* block(int64_t index) const { return data + index * block_size(K); }
+
+  // Whether these blocks are too many to stay in a core's L2 from one step to the next.
+  bool are_far(Range mine) const {
+    return (mine.end - mine.begin) * block_size(K) * static_cast<int64_t>(sizeof(A)) > kNearBytes;
+  }
 
   // Unit n of gate g is row g·N + n of R, operand element k its column: packs the blocks in `mine`,
   // or where there is no room for that, lets every product read R itself.
@@ -227,23 +239,26 @@ struct Weights {
     transposed = true;
   }
 
-  // m rows × `count` blocks from `first` on: out[m][count][NG][L], m <= MR, count <= NU.
-  void multiply(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count, A* out) const {
+  // m rows × `count` blocks from `first` on: out[m][count][NG][L], m <= MR, count <= NU; `ahead` is
+  // where packed weights lie that will be needed soon, or null.
+  void multiply(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count, A* out,
+                const A* ahead) const {
     if constexpr (NG == 1) {
       if (!data && transposed) return multiply_columns(a, lda, m, first, count, out);
     }
     if (!data) return multiply_unpacked(a, lda, m, first, count, out);
     if constexpr (NU == 4) {
-      if (count == 3) return multiply_packed<3>(a, lda, m, first, out);
-      if (count == 2) return multiply_packed<2>(a, lda, m, first, out);
+      if (count == 3) return multiply_packed<3>(a, lda, m, first, out, ahead);
+      if (count == 2) return multiply_packed<2>(a, lda, m, first, out, ahead);
     }
     if constexpr (NU > 1) {
-      if (count == 1) return multiply_packed<1>(a, lda, m, first, out);
+      if (count == 1) return multiply_packed<1>(a, lda, m, first, out, ahead);
     }
-    multiply_packed<NU>(a, lda, m, first, out);
+    multiply_packed<NU>(a, lda, m, first, out, ahead);
   }
 
  private:
+  static constexpr int64_t kNearBytes = 768 << 10;
   static constexpr int kSquare = L * F::depth;  // columns of the matrix in a register
 
   static Pack<A> bias_of(const T* b, int64_t r0, int lanes) {
@@ -260,19 +275,21 @@ struct Weights {
   }
 
   template <int count>
-  void multiply_packed(const T* a, int64_t lda, int64_t m, int64_t first, A* out) const {
+  void multiply_packed(const T* a, int64_t lda, int64_t m, int64_t first, A* out,
+                       const A* ahead) const {
     if constexpr (TileRegisters<T>::exist) {
-      TileProduct<T, count, NG>(a, lda, m, block(first), block_size(K), K, out);
+      TileProduct<T, count, NG>(a, lda, m, block(first), block_size(K), K, out, ahead);
     } else {
-      multiply_by_registers<count>(a, lda, m, first, out);
+      multiply_by_registers<count>(a, lda, m, first, out, ahead);
     }
   }
 
   template <int count>
-  void multiply_by_registers(const T* a, int64_t lda, int64_t m, int64_t first, A* out) const {
+  void multiply_by_registers(const T* a, int64_t lda, int64_t m, int64_t first, A* out,
+                             const A* ahead) const {
     const auto tile = [&](auto rows_of_tile) {
       multiply_tile<T, decltype(rows_of_tile)::value, count, NG>(a, lda, block(first),
-                                                                 block_size(K), K, out);
+                                                                 block_size(K), K, out, ahead);
     };
     switch (m) {
       case 1: return tile(Count<1>{});
@@ -313,15 +330,18 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
   using A = Accumulator<T>;
   alignas(64) A out[W::MR * W::NU * NG * W::L];
   const int64_t tiles = (rows + W::MR - 1) / W::MR;
+  const bool fetches = tiles > 1 && w.are_far(mine);
   for (int64_t first = mine.begin; first < mine.end; first += W::NU) {
     const int64_t count = minimum(W::NU, mine.end - first), row_size = count * NG * W::L;
+    const int64_t next = first + W::NU < mine.end ? first + W::NU : mine.begin;
     const int64_t unit = first * W::L, units = minimum(count * W::L, w.N - unit);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = part(rows, tile, tiles).begin, end = part(rows, tile, tiles).end;
       const int64_t product_end = clamp(product_rows, begin, end);
       for (int64_t m = begin; m < end; ++m) fetch(m, unit, units);
       if (product_end > begin)
-        w.multiply(a + begin * lda, lda, product_end - begin, first, count, out);
+        w.multiply(a + begin * lda, lda, product_end - begin, first, count, out,
+                   fetches ? w.block(next) + tile * w.K * W::L : nullptr);
       if (product_end < end) {
         std::memset(out + (product_end - begin) * row_size, 0,
                     static_cast<size_t>((end - product_end) * row_size) * sizeof(A));
