@@ -193,6 +193,7 @@ class BackwardLoop {
     const Direction& s = dir_[d];
     run_stage(
         s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
+        step.slot,
         [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
           P dh = P::load(r);
           if (j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
@@ -217,7 +218,7 @@ class BackwardLoop {
   void enter_projected(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
     run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
-              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
+              step.slot, [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 P dh = flow(d, 0, step, j, u, n, P::load(r));
                 if (j >= step.rows) return;
                 dh = dh + load_dy(d, step, j, u, n);
@@ -229,7 +230,7 @@ class BackwardLoop {
   void unproject(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
     run_stage(s.projection, s.dh_projected, place, step.rows, maximum(step.rows, step.rows_prev),
-              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
+              step.slot, [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 const P dc = flow_c(d, step, j, u, n);
                 if (j < step.rows) last_phase(d, step, j, u, n, P::load(r), dc);
               });
@@ -277,7 +278,7 @@ class BackwardLoop {
   // Phase 0 of a two-phase cell.
   void first_phase(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    run_stage(s.second, s.dr_second, place, step.rows, step.rows,
+    run_stage(s.second, s.dr_second, place, step.rows, step.rows, step.slot,
               [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
                 unit.dnext[0] = load(s.dh.row(j) + u, n);

@@ -237,14 +237,14 @@ class ForwardLoop {
       for (int g = g0; g < g1; ++g) prefetch(x + g * H, count);
     };
     if constexpr (phase_index == 0) {
-      run_stage(s.first, operand, place, step.rows, step.rows, emit, fetch);
+      run_stage(s.first, operand, place, step.rows, step.rows, step.slot, emit, fetch);
     } else {
-      run_stage(s.second, operand, place, step.rows, step.rows, emit, fetch);
+      run_stage(s.second, operand, place, step.rows, step.rows, step.slot, emit, fetch);
     }
   }
 
   void project(int d, const Step& step, const Place& place) {
-    run_stage(dir_[d].projection, dir_[d].operand, place, step.rows, step.rows,
+    run_stage(dir_[d].projection, dir_[d].operand, place, step.rows, step.rows, step.slot,
               [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 put_state(d, 0, step, j, u, n, P::load(r));
               });

@@ -84,7 +84,8 @@ struct Place {
 // One product over this thread's rows and units; emit and fetch get the sorted row.
 template <class T, int NG, class Emit, class Fetch = FetchNothing>
 RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand, const Place& place,
-                              int64_t product_rows, int64_t rows, Emit&& emit, Fetch&& fetch = {}) {
+                              int64_t product_rows, int64_t rows, bool downwards, Emit&& emit,
+                              Fetch&& fetch = {}) {
   const Range mine = part(w.blocks(w.N), place.unit_group, place.unit_groups);
   run_product(
       w, operand.row(place.row_group), operand.ld * place.row_groups, place.rows(product_rows),
@@ -93,7 +94,8 @@ RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand,
         emit(place.sorted_row(m), u, lanes, r);
       },
       [&](int64_t m, int64_t u, int64_t count)
-          RNNKERN_LAMBDA { fetch(place.sorted_row(m), u, count); });
+          RNNKERN_LAMBDA { fetch(place.sorted_row(m), u, count); },
+      downwards);
 }
 
 }  // namespace

@@ -121,7 +121,8 @@ struct Weights {
 
   // Whether these blocks are too many to stay in a core's L2 from one step to the next.
   bool are_far(Range mine) const {
-    return (mine.end - mine.begin) * block_size(K) * static_cast<int64_t>(sizeof(A)) > kNearBytes;
+    return data &&
+           (mine.end - mine.begin) * block_size(K) * static_cast<int64_t>(sizeof(A)) > kNearBytes;
   }
 
   // Unit n of gate g is row g·N + n of R, operand element k its column: packs the blocks in `mine`,
@@ -325,15 +326,19 @@ struct FetchNothing {
 template <class T, int NG, class Emit, class Fetch>
 RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda,
                                 int64_t product_rows, int64_t rows, Range mine, Emit&& emit,
-                                Fetch&& fetch) {
+                                Fetch&& fetch, bool downwards = false) {
   using W = Weights<T, NG>;
   using A = Accumulator<T>;
   alignas(64) A out[W::MR * W::NU * NG * W::L];
   const int64_t tiles = (rows + W::MR - 1) / W::MR;
   const bool fetches = tiles > 1 && w.are_far(mine);
-  for (int64_t first = mine.begin; first < mine.end; first += W::NU) {
+  const int64_t groups = (mine.end - mine.begin + W::NU - 1) / W::NU;
+  for (int64_t g = 0; g < groups; ++g) {
+    const auto at = [&](int64_t g) {
+      return mine.begin + (downwards ? groups - 1 - g : g) * W::NU;
+    };
+    const int64_t first = at(g), next = at(minimum(g + 1, groups - 1));
     const int64_t count = minimum(W::NU, mine.end - first), row_size = count * NG * W::L;
-    const int64_t next = first + W::NU < mine.end ? first + W::NU : mine.begin;
     const int64_t unit = first * W::L, units = minimum(count * W::L, w.N - unit);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = part(rows, tile, tiles).begin, end = part(rows, tile, tiles).end;
