@@ -16,7 +16,7 @@ class InputProduct {
   using A = Accumulator<T>;
   using W = Weights<T, G>;
   // A chunk of x: what stays in cache beside the weights, but rows enough to pay for reading W
-  // again; more of them where W comes from far.
+  // again; more of them where W does not stay in L2 and they do, or W is larger by far.
   static constexpr int64_t kChunkBytes = 256 << 10, kLeastRows = 48, kLeastRowsFar = 256;
   static constexpr int64_t kFarBytes = 8 << 20;
 
@@ -24,7 +24,9 @@ class InputProduct {
   InputProduct() = default;
   InputProduct(const ForwardProblem<T>& p, int d, Carver& carver) : p_(&p), io_(&p.dir[d]) {
     const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(A));
-    const bool far = G * p.H * p.I * static_cast<int64_t>(sizeof(T)) > kFarBytes;
+    const int64_t W_bytes = G * p.H * p.I * static_cast<int64_t>(sizeof(T));
+    const bool stays = W_bytes <= l2_bytes() || kLeastRowsFar * bytes > l2_bytes();
+    const bool far = W_bytes > kFarBytes || !stays;
     const int64_t least = far ? kLeastRowsFar : kLeastRows;
     steps_ = clamp(maximum(kChunkBytes / bytes, least) / p.seq.B, 1, p.seq.T);
     w_ = {p.I, p.H, few_rows(p.seq) ? nullptr : carver.take<A>(W::size(p.I, p.H))};

@@ -9,6 +9,10 @@
 #include <algorithm>
 #include <cmath>
 
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
 #include "cpu/team.h"
 
 namespace rnnkern {
@@ -19,7 +23,7 @@ constexpr double kBarrier = 0.25;           // µs, two to eight cores of one so
 constexpr double kTeamStart = 3.0;          // µs, to wake the pool
 constexpr double kPackPerElement = 0.1e-3;  // µs
 constexpr double kPointwise = 4e-3;         // µs for a vector of outputs: loads, gate math, stores
-constexpr double kL1 = 32e3, kL2 = 1e6, kL3 = 24e6;  // bytes of weights each level holds
+constexpr double kL1 = 32e3, kL3 = 24e6;    // bytes of weights each level holds
 constexpr double kL1Rate = 300e3, kL2Rate = 100e3, kL3Rate = 50e3;  // bytes per µs and core
 constexpr double kMemoryRate = 10e3;
 constexpr double kUnpackedRate = 60e3;  // at most: sums across lanes
@@ -27,7 +31,7 @@ constexpr double kUnpackedRate = 60e3;  // at most: sums across lanes
 double weight_rate(double bytes, bool packed) {
   if (!packed) return std::min(kUnpackedRate, weight_rate(bytes, true));
   if (bytes <= kL1) return kL1Rate;
-  if (bytes <= kL2) return kL2Rate;
+  if (bytes <= static_cast<double>(l2_bytes())) return kL2Rate;
   return bytes <= kL3 ? kL3Rate : kMemoryRate;
 }
 
@@ -59,6 +63,17 @@ double call_microseconds(const Work& work, Plan& plan) {
 }
 
 }  // namespace
+
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    int64_t found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? found : int64_t{1} << 20;
+  }();
+  return bytes;
+}
 
 Plan make_plan(const Work& work, int requested) {
   Plan best;

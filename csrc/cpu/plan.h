@@ -33,6 +33,9 @@ struct Plan {
   int threads() const { return direction_groups * row_groups * unit_groups; }
 };
 
+// The bytes of a core's L2, or 1 MiB where the system does not tell.
+int64_t l2_bytes();
+
 // The cheapest plan of at most `requested` threads, and of no more than usable_threads() allows.
 Plan make_plan(const Work& work, int requested);
 
