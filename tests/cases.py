@@ -26,11 +26,11 @@ Layout = Literal["padded", "batch_first", "packed", "packed_unsorted"]
 LAYOUTS: tuple[Layout, ...] = ("padded", "batch_first", "packed", "packed_unsorted")
 Results: TypeAlias = dict[str, Tensor]
 
-# AVX512_BF16 adds kernels for bfloat16 data to those of AVX-512; for other data it is the same.
-ISAS = [name for name in _native.supported_isas() if name != "avx512_bf16"]
+# These add kernels for bfloat16 data to those of AVX-512; for other data they are the same.
+BFLOAT16_ISAS = [i for i in _native.supported_isas() if i in ("avx512_bf16", "amx_bf16")]
+ISAS = [i for i in _native.supported_isas() if i not in BFLOAT16_ISAS]
 KERNELS = [(isa, dtype) for isa in ISAS for dtype in (torch.float32, torch.float64)]
-if "avx512_bf16" in _native.supported_isas():
-    KERNELS.append(("avx512_bf16", torch.bfloat16))
+KERNELS += [(isa, torch.bfloat16) for isa in BFLOAT16_ISAS]
 OUTPUTS = ("y", "hn", "cn")
 
 

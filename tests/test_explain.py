@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import rnnkern
 import torch
-from cases import use_isa
+from cases import BFLOAT16_ISAS, use_isa
 from rnnkern import _native, cpu
 from rnnkern.cells import CELLS
 from torch import nn
@@ -98,7 +98,7 @@ def test_the_plan_is_that_of_the_call(backward: bool, request: pytest.FixtureReq
 @pytest.mark.parametrize("isa", _native.supported_isas())
 def test_types(isa: str) -> None:
     module, x = rnnkern.LSTM(3, 5), torch.randn(4, 2, 3)
-    bfloat16 = torch.bfloat16 if isa == "avx512_bf16" else torch.float32
+    bfloat16 = torch.bfloat16 if isa in BFLOAT16_ISAS else torch.float32
     with use_isa(isa):
         for dtype, computed in ((torch.bfloat16, bfloat16), (torch.float16, torch.float32)):
             told = rnnkern.explain(module.to(dtype), x.to(dtype))

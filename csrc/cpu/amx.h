@@ -93,8 +93,8 @@ struct TileSums {
   }
 
   // Adds the products of `steps` times 32 factors. Left factors: a step and the next left_step
-  // apart, its rows left_row; right: 16 rows a step, right_row floats apart. Unless `ahead` is null,
-  // asks for as many cache lines from there on.
+  // apart, its rows left_row; right: 16 rows a step, right_row floats apart. Unless `ahead` is
+  // null, asks for as many cache lines from there on.
   RNNKERN_INLINE static void add(const T* left, int64_t left_row, int64_t left_step,
                                  const float* const (&right)[columns], int64_t right_row,
                                  int64_t steps, const float* ahead = nullptr) {
