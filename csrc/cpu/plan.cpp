@@ -20,7 +20,7 @@ namespace {
 
 constexpr double kGigahertz = 3.5;
 constexpr double kBarrier = 0.25;           // µs, two to eight cores of one socket
-constexpr double kTeamStart = 3.0;          // µs, to wake the pool
+constexpr double kTeamStart = 4.5;          // µs, to wake the pool
 constexpr double kPackPerElement = 0.1e-3;  // µs
 constexpr double kPointwise = 4e-3;         // µs for a vector of outputs: loads, gate math, stores
 constexpr double kL1 = 32e3, kL3 = 24e6;    // bytes of weights each level holds
