@@ -17,12 +17,16 @@ constexpr int kTileFactors = 32;  // in k, of one instruction
 
 // While one exists, its thread may use the registers for products of T.
 template <class T>
-struct TileRegisters {
+class TileRegisters {
+ public:
   static constexpr bool exist = false;
   TileRegisters() {}
 };
 
 #if defined(__AMX_BF16__)
+// GCC's intrinsics do not tell the compiler what memory they read: this lets no store pass it.
+RNNKERN_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
+
 template <>
 class TileRegisters<Bfloat16> {
  public:
@@ -55,7 +59,7 @@ class TileRegisters<Bfloat16> {
       shape.row_bytes[i] = 64;
       shape.rows[i] = static_cast<uint8_t>(rows[i]);
     }
-    asm volatile("" ::: "memory");  // the intrinsics do not say all that they read
+    finish_stores();
     _tile_loadconfig(&shape);
     height = m;
   }
@@ -82,7 +86,7 @@ struct TileSums {
 
   // From the sums at `from`, whose rows are from_row floats apart; 0: the same in all rows.
   RNNKERN_INLINE static void load(const float* const (&from)[columns], int64_t from_row) {
-    asm volatile("" ::: "memory");
+    finish_stores();
     const int64_t bytes = from_row * 4, lower = kTileRows * from_row;
     _tile_loadd(0, from[0], bytes);
     if constexpr (columns > 1) _tile_loadd(1, from[1], bytes);
@@ -94,14 +98,15 @@ struct TileSums {
 
   // Adds the products of `steps` times 32 factors. Left factors: a step and the next left_step
   // apart, its rows left_row; right: 16 rows a step, right_row floats apart. Unless `ahead` is
-  // null, asks for as many cache lines from there on.
+  // null, asks for the lines from there on, as many as a step's rows of lanes in two columns.
   RNNKERN_INLINE static void add(const T* left, int64_t left_row, int64_t left_step,
                                  const float* const (&right)[columns], int64_t right_row,
                                  int64_t steps, const float* ahead = nullptr) {
+    finish_stores();
     const int64_t left_bytes = left_row * 2, right_bytes = right_row * 4;
     const T* lower = left + kTileRows * left_row;
     int64_t at = 0;
-    constexpr int kAhead = rows == 1 && columns > 2 ? 32 : 16;
+    constexpr int kAhead = columns > 2 ? 2 * kTileRows : kTileRows;
     for (int64_t s = 0; s < steps; ++s) {
       if (ahead) {
 #pragma GCC unroll 32
@@ -187,7 +192,7 @@ class TileProduct {
     for (const float*& column : w) column += NG * L;
     const int64_t steps = K_ / kTileFactors;
     Sums::add(a_, lda_, kTileFactors, w, NG * L, steps, ahead_);
-    if (ahead_) ahead_ += K_ / 2 * L;
+    if (ahead_) ahead_ += steps * kTileRows * L;
     if (K_ % kTileFactors != 0) {
       for (const float*& column : w) column += steps * kTileRows * NG * L;
       Sums::add(rest_, kTileFactors, 0, w, NG * L, 1);

@@ -25,8 +25,8 @@ class InputProduct {
   InputProduct(const ForwardProblem<T>& p, int d, Carver& carver) : p_(&p), io_(&p.dir[d]) {
     const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(A));
     const int64_t W_bytes = G * p.H * p.I * static_cast<int64_t>(sizeof(T));
-    const bool stays = W_bytes <= l2_bytes() || kLeastRowsFar * bytes > l2_bytes();
-    const bool far = W_bytes > kFarBytes || !stays;
+    const bool far =
+        W_bytes > kFarBytes || (W_bytes > l2_bytes() && kLeastRowsFar * bytes <= l2_bytes());
     const int64_t least = far ? kLeastRowsFar : kLeastRows;
     steps_ = clamp(maximum(kChunkBytes / bytes, least) / p.seq.B, 1, p.seq.T);
     w_ = {p.I, p.H, few_rows(p.seq) ? nullptr : carver.take<A>(W::size(p.I, p.H))};
@@ -76,17 +76,17 @@ class InputProduct {
           },
           FetchNothing{});
     };
+    if (!batch_major()) {
+      const int64_t last = end - 1;
+      const int64_t stop = seq.offset ? seq.offset[last] + seq.rows_at(last) : end * seq.B;
+      multiply(mine, start, stop - start, x_ + (start - first_) * ld_);
+      return;
+    }
     for (int64_t block = mine.begin; block < mine.end; block += W::NU) {
       const Range units{block, minimum(block + W::NU, mine.end)};
-      if (batch_major()) {
-        for (int64_t b = 0; b < seq.B; ++b) {
-          A* x = x_ + (b * rows_.stride_b + begin - first_) * ld_;
-          multiply(units, b * p_->x_rows.stride_b + begin, end - begin, x);
-        }
-      } else {
-        const int64_t last = end - 1;
-        const int64_t stop = seq.offset ? seq.offset[last] + seq.rows_at(last) : end * seq.B;
-        multiply(units, start, stop - start, x_ + (start - first_) * ld_);
+      for (int64_t b = 0; b < seq.B; ++b) {
+        A* x = x_ + (b * rows_.stride_b + begin - first_) * ld_;
+        multiply(units, b * p_->x_rows.stride_b + begin, end - begin, x);
       }
     }
   }

@@ -6,8 +6,9 @@
 // packed into panels of NV registers, a into tiles of MR columns, and every MR × NV tile of an
 // output adds its sum over the rows to memory. The packed tile of a stays in L1, the panels of b in
 // L2. Sums run over the rows in order, so that the result does not depend on how threads split the
-// outputs. Rows are taken kRows at a time, so that rounding errors do not grow with all of them.
-// All products of a call share their packed panels.
+// outputs. Rows are taken kRows at a time, so that rounding errors do not grow with all of them (a
+// matrix unit adds 32 rows at a time to the sum in memory). All products of a call share their
+// packed panels.
 #pragma once
 
 #include "core/problem.h"
@@ -147,11 +148,15 @@ class Outer {
     const int columns = static_cast<int>(minimum(MR, part.O - tile * MR));
     if constexpr (TileRegisters<T>::exist) {
       pack_turned(in, part.lda, block.rows, columns, out);
-      return;
+    } else {
+      pack_rows(in, part.lda, block.rows, columns, out);
     }
-    for (int64_t n = 0; n < block.rows; n += F::depth, in += F::depth * part.lda, out += MR) {
+  }
+
+  static void pack_rows(const T* in, int64_t ld, int64_t rows, int columns, A* out) {
+    for (int64_t n = 0; n < rows; n += F::depth, in += F::depth * ld, out += MR) {
       if constexpr (F::depth > 1) {
-        store(out, F::join(in, n + 1 < block.rows ? in + part.lda : nullptr, columns), MR);
+        store(out, F::join(in, n + 1 < rows ? in + ld : nullptr, columns), MR);
       } else if (columns == MR) {
         std::memcpy(out, in, MR * sizeof(T));
       } else {

@@ -52,7 +52,7 @@ float roofline_read(const float* data, int64_t n, int64_t repeats) {
 }
 
 #if defined(__AMX_BF16__)
-// Four sums, each of them so often that they never wait for each other.
+// Four sums in turn, so that none waits for its last product.
 constexpr double kBf16Flops = 2.0 * 4 * kSteps * kTileRows * kTileRows * kTileFactors;
 float roofline_bf16(int64_t repeats) {
   const TileRegisters<Bfloat16> registers;

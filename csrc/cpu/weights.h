@@ -29,8 +29,8 @@ namespace {
 
 constexpr int64_t kChain = 128;
 
-// The product of MR rows and NU blocks, `stride` apart: out[MR][NU][NG][L]. Meanwhile it asks for K
-// cache lines from `ahead` on, unless that is null.
+// The product of MR rows and NU blocks, `stride` apart: out[MR][NU][NG][L]. Meanwhile it asks in
+// L2 for one row of a block from `ahead` on for each that it reads, unless that is null.
 template <class T, int MR, int NU, int NG>
 void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t stride, int64_t K,
                    Accumulator<T>* out, const Accumulator<T>* ahead) {
@@ -119,9 +119,15 @@ struct Weights {
   static int64_t size(int64_t K, int64_t N) { return blocks(N) * block_size(K); }
   A* block(int64_t index) const { return data + index * block_size(K); }
 
-  // Whether these blocks are too many to stay in a core's L2 from one step to the next.
+  // The rows of blocks ahead that a tile asks for.
+  static int64_t rows_ahead(int64_t K) {
+    if (TileRegisters<T>::exist) return K / kTileFactors * kTileRows * (NU * NG > 2 ? 2 : 1);
+    return K / F::depth;
+  }
+
+  // Whether these blocks are so many that it pays to ask for them ahead.
   bool are_far(Range mine) const {
-    return data &&
+    return kVectorBytes == 64 && data &&
            (mine.end - mine.begin) * block_size(K) * static_cast<int64_t>(sizeof(A)) > kNearBytes;
   }
 
@@ -222,13 +228,13 @@ struct Weights {
       const int lanes = static_cast<int>(minimum(N - i * L, L));
       A* out = block(i);
       Pack<A>(A(0)).store(out);
-      const A* const end = out + block_size(K);
+      const A* const block_end = out + block_size(K);
       for (int64_t k = 0; k < K; k += F::depth) {
         const T* row = R + k * ldr + i * L;
         out += L;
         F::join(row, k + 1 < K ? row + ldr : nullptr, lanes).store(out);
       }
-      for (out += L; out < end; out += L) Pack<A>(A(0)).store(out);
+      for (out += L; out < block_end; out += L) Pack<A>(A(0)).store(out);
     }
   }
 
@@ -331,22 +337,25 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
   using A = Accumulator<T>;
   alignas(64) A out[W::MR * W::NU * NG * W::L];
   const int64_t tiles = (rows + W::MR - 1) / W::MR;
-  const bool fetches = tiles > 1 && w.are_far(mine);
+  const bool are_far = tiles > 1 && w.are_far(mine);
   const int64_t groups = (mine.end - mine.begin + W::NU - 1) / W::NU;
   for (int64_t g = 0; g < groups; ++g) {
     const auto at = [&](int64_t g) {
       return mine.begin + (downwards ? groups - 1 - g : g) * W::NU;
     };
     const int64_t first = at(g), next = at(minimum(g + 1, groups - 1));
+    const int64_t next_size = minimum(W::NU, mine.end - next) * W::block_size(w.K);
     const int64_t count = minimum(W::NU, mine.end - first), row_size = count * NG * W::L;
     const int64_t unit = first * W::L, units = minimum(count * W::L, w.N - unit);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = part(rows, tile, tiles).begin, end = part(rows, tile, tiles).end;
       const int64_t product_end = clamp(product_rows, begin, end);
       for (int64_t m = begin; m < end; ++m) fetch(m, unit, units);
-      if (product_end > begin)
+      const int64_t ahead = tile * W::rows_ahead(w.K) * W::L;
+      if (product_end > begin) {
         w.multiply(a + begin * lda, lda, product_end - begin, first, count, out,
-                   fetches ? w.block(next) + tile * w.K * W::L : nullptr);
+                   are_far && next != first && ahead < next_size ? w.block(next) + ahead : nullptr);
+      }
       if (product_end < end) {
         std::memset(out + (product_end - begin) * row_size, 0,
                     static_cast<size_t>((end - product_end) * row_size) * sizeof(A));

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cases import use_isa
+from cases import BFLOAT16_ISAS, use_isa
 from rnnkern import LSTM, _native
 from tolerances import assert_close
 
@@ -54,3 +54,17 @@ def test_the_isas_are_different_code_and_agree() -> None:
     bits = {isa: y.detach().numpy().tobytes() for isa, y in found.items()}
     for isa in set(found) - {"baseline"}:  # fma rounds once where the baseline rounds twice
         assert bits[isa] != bits["baseline"]
+
+
+@pytest.mark.skipif(len(BFLOAT16_ISAS) < 2, reason="one way at most to products of bfloat16")
+def test_amx_sums_in_another_order() -> None:
+    module, x = LSTM(300, 70).bfloat16(), torch.randn(9, 33, 300).bfloat16()
+    wanted = module.double()(x.double())[0]
+    module.bfloat16()
+    found = []
+    for isa in BFLOAT16_ISAS:
+        with use_isa(isa):
+            weights = torch.autograd.grad(module(x)[0].float().square().sum(), module.weight_ih_l0)
+            found.append((module(x)[0], *weights))
+        assert_close(found[-1][0].double(), wanted, kind="output", dtype=torch.bfloat16)
+    assert any(not torch.equal(one, other) for one, other in zip(*found, strict=True))
