@@ -208,5 +208,6 @@ class TileProduct {
   const float* ahead_;
   alignas(64) T rest_[2 * kTileRows * kTileFactors];  // K % 32 of each row, zeros after them
 };
+
 }  // namespace
 }  // namespace rnnkern
