@@ -28,14 +28,16 @@ class BackwardLoop {
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
       const auto transposed = [&](int64_t operand, int64_t units) -> Weights<T, 1> {
-        return {operand, units, transposed_data<T>(carver, p_.seq, operand, units)};
+        Weights<T, 1> w{operand, units, transposed_data<T>(carver, p_.seq, operand, units)};
+        w.one_row = p_.seq.B == 1;
+        return w;
       };
       s.first = transposed(phase_gates<Cell, 0> * H, p_.P);
       if (F == 2) s.second = transposed(phase_gates<Cell, F - 1> * H, H);
       if (projects_) s.projection = transposed(p_.P, H);
       s.dr[0] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.dr[1] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
-      s.gradients = {p_, d, carver};
+      s.gradients = {p_, d, threads, carver};
       if (!projects_) s.dh_direct = Matrix<A>::carve(carver, B, H);
       if (S == 2) s.dc = Matrix<A>::carve(carver, B, H);
       if (F == 2) {

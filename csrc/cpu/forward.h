@@ -23,14 +23,15 @@ class ForwardLoop {
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_bytes).
-  ForwardLoop(const ForwardProblem<T>& problem, int, unsigned char* base)
+  ForwardLoop(const ForwardProblem<T>& problem, int threads, unsigned char* base)
       : p_(problem), projects_(problem.dir[0].W_hr) {
     Carver carver{base};
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
-      s.input = {p_, d, carver};
+      s.input = {p_, d, threads, carver};
       const auto place = [&](auto& w, int64_t K, int64_t N) {
         w = {K, N, few_rows(p_.seq) ? nullptr : carver.take<A>(w.size(K, N))};
+        w.one_row = p_.seq.B == 1;
       };
       place(s.first, p_.P, p_.H);
       if constexpr (F == 2) place(s.second, p_.H, p_.H);

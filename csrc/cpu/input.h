@@ -1,7 +1,7 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
 // reads a chunk while it is still in cache. Training overwrites x with the activated gates, which
 // it keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its
-// chunk.
+// chunk. Where one chunk is all, W is packed a few blocks at a time, just before they are read.
 #pragma once
 
 #include <type_traits>
@@ -19,17 +19,26 @@ class InputProduct {
   // again; more of them where W does not stay in L2 and they do, or W is larger by far.
   static constexpr int64_t kChunkBytes = 256 << 10, kLeastRows = 48, kLeastRowsFar = 256;
   static constexpr int64_t kFarBytes = 8 << 20;
+  static constexpr int64_t kOneChunkRows = 128;
 
  public:
   InputProduct() = default;
-  InputProduct(const ForwardProblem<T>& p, int d, Carver& carver) : p_(&p), io_(&p.dir[d]) {
+  InputProduct(const ForwardProblem<T>& p, int d, int threads, Carver& carver)
+      : p_(&p), io_(&p.dir[d]), one_chunk_(!few_rows(p.seq) && p.seq.T * p.seq.B <= kOneChunkRows) {
     const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(A));
     const int64_t W_bytes = G * p.H * p.I * static_cast<int64_t>(sizeof(T));
     const bool far =
         W_bytes > kFarBytes || (W_bytes > l2_bytes() && kLeastRowsFar * bytes <= l2_bytes());
     const int64_t least = far ? kLeastRowsFar : kLeastRows;
-    steps_ = clamp(maximum(kChunkBytes / bytes, least) / p.seq.B, 1, p.seq.T);
-    w_ = {p.I, p.H, few_rows(p.seq) ? nullptr : carver.take<A>(W::size(p.I, p.H))};
+    const int64_t rows = one_chunk_ ? kOneChunkRows : maximum(kChunkBytes / bytes, least);
+    steps_ = clamp(rows / p.seq.B, 1, p.seq.T);
+    w_ = {p.I, p.H};
+    if (one_chunk_) {
+      piece_size_ = whole_lines<A>(W::size(p.I, minimum(p.H, W::NU * W::L)));
+      w_.data = carver.take<A>(threads * piece_size_);
+    } else if (!few_rows(p.seq)) {
+      w_.data = carver.take<A>(W::size(p.I, p.H));
+    }
     rows_ = p.x_rows;
     if constexpr (std::is_same_v<T, A>) in_place_ = p.training;
     if (in_place_) {
@@ -49,9 +58,9 @@ class InputProduct {
     return x_ + (p_->seq.data_row(rows_, t, j) - first_) * ld_;
   }
 
-  // Packs this thread's part of W.
+  // Packs this thread's part of W, if it is read more than once.
   void prepare(const Place& place) {
-    w_.set_rows(io_->W, p_->I, io_->b_ih, part(W::blocks(p_->H), place.index, place.count));
+    if (!one_chunk_) pack(w_, part(W::blocks(p_->H), place.index, place.count));
   }
 
   // Computes this thread's part of steps [begin, end): its units, or its rows if threads outnumber
@@ -63,12 +72,12 @@ class InputProduct {
     const int64_t blocks = W::blocks(p_->H);
     const bool split_units = blocks >= place.count;
     const Range mine = split_units ? part(blocks, place.index, place.count) : Range{0, blocks};
-    const auto multiply = [&](Range units, int64_t row, int64_t count, A* x) {
+    const auto multiply = [&](const W& w, Range units, int64_t row, int64_t count, A* x) {
       const Range rows = split_units ? Range{0, count} : part(count, place.index, place.count);
       const int64_t n = rows.end - rows.begin;
       x += rows.begin * ld_;
       run_product(
-          w_, p_->input + (row + rows.begin) * p_->I, p_->I, n, n, units,
+          w, p_->input + (row + rows.begin) * p_->I, p_->I, n, n, units,
           [&](int64_t m, int64_t u, int lanes, const A* r) RNNKERN_LAMBDA {
             A* to = x + m * ld_ + u;
             for (int g = 0; g < G; ++g)
@@ -76,17 +85,24 @@ class InputProduct {
           },
           FetchNothing{});
     };
-    if (!batch_major()) {
-      const int64_t last = end - 1;
-      const int64_t stop = seq.offset ? seq.offset[last] + seq.rows_at(last) : end * seq.B;
-      multiply(mine, start, stop - start, x_ + (start - first_) * ld_);
-      return;
-    }
-    for (int64_t block = mine.begin; block < mine.end; block += W::NU) {
-      const Range units{block, minimum(block + W::NU, mine.end)};
+    const int64_t last = end - 1;
+    const int64_t stop = seq.offset ? seq.offset[last] + seq.rows_at(last) : end * seq.B;
+    const int64_t at_once = one_chunk_ || batch_major() ? W::NU : blocks;
+    for (int64_t block = mine.begin; block < mine.end; block += at_once) {
+      const Range units{block, minimum(block + at_once, mine.end)};
+      W w = w_;
+      if (one_chunk_) {
+        w.data += place.index * piece_size_;
+        w.begin = block;
+        pack(w, units);
+      }
+      if (!batch_major()) {
+        multiply(w, units, start, stop - start, x_ + (start - first_) * ld_);
+        continue;
+      }
       for (int64_t b = 0; b < seq.B; ++b) {
         A* x = x_ + (b * rows_.stride_b + begin - first_) * ld_;
-        multiply(units, b * p_->x_rows.stride_b + begin, end - begin, x);
+        multiply(w, units, b * p_->x_rows.stride_b + begin, end - begin, x);
       }
     }
   }
@@ -94,11 +110,14 @@ class InputProduct {
  private:
   // Steps of a row are neighbours, not rows of a step.
   bool batch_major() const { return !p_->seq.offset && p_->x_rows.stride_b != 1; }
+  void pack(W& w, Range blocks) const { w.set_rows(io_->W, p_->I, io_->b_ih, blocks); }
 
   const ForwardProblem<T>* p_ = nullptr;
   const ForwardDirection<T>* io_ = nullptr;
   W w_;
-  Rows rows_{};  // of x, as stored
+  bool one_chunk_ = false;
+  int64_t piece_size_ = 0;  // of what a thread packs of W at once, if there is one chunk
+  Rows rows_{};             // of x, as stored
   A* x_ = nullptr;
   bool in_place_ = false;  // x_ is the problem's x
   int64_t ld_ = 0, first_ = 0, steps_ = 0;

@@ -18,7 +18,9 @@
 // is summed in chains of kChain fma, k ascending, the first of them from the bias, and the chains
 // are added in order. So a value does not depend on the tile it was computed in, results are the
 // same for every split over threads, and the rounding error grows with kChain and not with K. Where
-// there is a matrix unit for the type, the tile is its own (cpu/amx.h).
+// every operand of a call has one row and the weights are small, a product would wait for its few
+// chains, so each is two that take turns at k. Where there is a matrix unit for the type, the tile
+// is its own (cpu/amx.h).
 #pragma once
 
 #include "core/problem.h"
@@ -29,9 +31,10 @@ namespace {
 
 constexpr int64_t kChain = 128;
 
-// The product of MR rows and NU blocks, `stride` apart: out[MR][NU][NG][L]. Meanwhile it asks in
-// L2 for one row of a block from `ahead` on for each that it reads, unless that is null.
-template <class T, int MR, int NU, int NG>
+// The product of MR rows and NU blocks, `stride` apart: out[MR][NU][NG][L], each chain in `parts`.
+// Meanwhile it asks in L2 for one row of a block from `ahead` on for each that it reads, unless
+// that is null.
+template <class T, int MR, int NU, int NG, int parts = 1>
 void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t stride, int64_t K,
                    Accumulator<T>* out, const Accumulator<T>* ahead) {
   using A = Accumulator<T>;
@@ -41,16 +44,17 @@ void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t str
   w += NG * L;
   int64_t k = 0;
   do {
-    Pack<A> acc[MR][NV];
+    Pack<A> acc[parts][MR][NV];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) {
         const A* b = bias + n / NG * stride + n % NG * L;
-        acc[m][n] = k == 0 ? Pack<A>::load(b) : Pack<A>(A(0));
+        acc[0][m][n] = k == 0 ? Pack<A>::load(b) : Pack<A>(A(0));
+        for (int part = 1; part < parts; ++part) acc[part][m][n] = Pack<A>(A(0));
       }
     }
-    const auto step = [&](auto&& spread) RNNKERN_LAMBDA {
+    const auto step = [&](int part, auto&& spread) RNNKERN_LAMBDA {
       Pack<A> row[NV];
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) row[n] = Pack<A>::load(w + n / NG * stride + n % NG * L);
@@ -58,30 +62,43 @@ void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t str
       for (int m = 0; m < MR; ++m) {
         const Pack<A> b = spread(a + m * lda + k);
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[m][n] = F::dot(b, row[n], acc[m][n]);
+        for (int n = 0; n < NV; ++n) acc[part][m][n] = F::dot(b, row[n], acc[part][m][n]);
       }
       w += NG * L;
       k += F::depth;
     };
+    const auto spread = [](const T* p) RNNKERN_LAMBDA { return F::spread(p); };
     const int64_t first = k, end = minimum(K, k + kChain), whole = end - end % F::depth;
     if (ahead) {
       for (; k < whole; ahead += L) {
         prefetch_far(ahead);
-        step([](const T* p) RNNKERN_LAMBDA { return F::spread(p); });
+        step(0, spread);
       }
     }
-    while (k < whole) step([](const T* p) RNNKERN_LAMBDA { return F::spread(p); });
-    if (k < end) step([](const T* p) RNNKERN_LAMBDA { return F::spread_one(p); });
+    if constexpr (parts > 1) {
+      while (k + parts * F::depth <= whole) {
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; ++part) step(part, spread);
+      }
+    }
+    while (k < whole) step(0, spread);
+    if (k < end) step(0, [](const T* p) RNNKERN_LAMBDA { return F::spread_one(p); });
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) {
         A* sum = out + (m * NV + n) * L;
-        (first == 0 ? acc[m][n] : Pack<A>::load(sum) + acc[m][n]).store(sum);
+        Pack<A> chain = acc[0][m][n];
+        for (int part = 1; part < parts; ++part) chain = chain + acc[part][m][n];
+        (first == 0 ? chain : Pack<A>::load(sum) + chain).store(sum);
       }
     }
   } while (k < K);
 }
+
+// Products of this few rows in the whole call do not pay for packing the weights.
+constexpr int kFewRows = 4;
+inline bool few_rows(const Sequence& seq) { return seq.T * seq.B <= kFewRows; }
 
 template <int n>
 struct Count {
@@ -104,6 +121,8 @@ struct Weights {
 
   int64_t K = 0, N = 0;  // operand elements, units
   A* data = nullptr;     // [blocks][1 + rows of K][NG][L]; null: not packed
+  int64_t begin = 0;     // the block that data begins with
+  bool one_row = false;  // every operand of the call has one row
   // Where the weights are not packed: [NG,N,K], or [K,N] for a transposed product; rows ld apart.
   const T* rows = nullptr;
   int64_t ld = 0;
@@ -117,7 +136,7 @@ struct Weights {
   }
   static int64_t block_size(int64_t K) { return (1 + packed_rows(K)) * NG * L; }
   static int64_t size(int64_t K, int64_t N) { return blocks(N) * block_size(K); }
-  A* block(int64_t index) const { return data + index * block_size(K); }
+  A* block(int64_t index) const { return data + (index - begin) * block_size(K); }
 
   // The rows of blocks ahead that a tile asks for.
   static int64_t rows_ahead(int64_t K) {
@@ -159,35 +178,56 @@ struct Weights {
     }
   }
 
-  // The same product without packing: L rows of the weights at a time, each times the operand.
-  void multiply_unpacked(const T* a, int64_t lda, int64_t m, int64_t first, int64_t count,
-                         A* out) const {
+  // The same product without packing: one row of the weights after the other, as the hardware's
+  // prefetching follows it, times all M rows of the operand.
+  template <int M>
+  void multiply_unpacked(const T* a, int64_t lda, int64_t first, int64_t count, A* out) const {
     for (int64_t v = 0; v < count * NG; ++v) {
       const int64_t n0 = (first + v / NG) * L, r0 = v % NG * N + n0;
       const int lanes = static_cast<int>(minimum(N - n0, L));
+      Pack<A> total[M][L];
+      for (int l = 0; l < lanes; ++l) dot(rows + (r0 + l) * ld, a, lda, total, l);
       const Pack<A> b = bias_of(bias, r0, lanes);
-      const T* w = rows + r0 * ld;
-      for (int64_t j = 0; j < m; ++j) {
-        Pack<A> acc[L];
-#pragma GCC unroll 16
-        for (int l = 0; l < L; ++l) acc[l] = Pack<A>(A(0));
-        int64_t k = 0;
-        for (; lanes == L && k + kSquare <= K; k += kSquare) {
-          const Pack<A> operand = F::load(a + j * lda + k, kSquare);
-#pragma GCC unroll 16
-          for (int l = 0; l < L; ++l)
-            acc[l] = F::dot(F::load(w + l * ld + k, kSquare), operand, acc[l]);
-        }
-        for (; k < K; k += kSquare) {
-          const int columns = static_cast<int>(minimum(kSquare, K - k));
-          const Pack<A> operand = F::load(a + j * lda + k, columns);
-          Pack<A> square[L];
-          load_square(w + k, ld, lanes, columns, square);
-#pragma GCC unroll 16
-          for (int l = 0; l < L; ++l) acc[l] = F::dot(square[l], operand, acc[l]);
-        }
-        (sums(acc) + b).store(out + (j * count * NG + v) * L);
+      for (int m = 0; m < M; ++m) {
+        for (int l = lanes; l < L; ++l) total[m][l] = Pack<A>(A(0));
+        (sums(total[m]) + b).store(out + (m * count * NG + v) * L);
       }
+    }
+  }
+
+  // total[m][l]: the products of a row of the weights and row m of the operand, in four chains, to
+  // be summed over the lanes.
+  template <int M>
+  RNNKERN_INLINE void dot(const T* w, const T* a, int64_t lda, Pack<A> (&total)[M][L],
+                          int l) const {
+    constexpr int kChains = 4;
+    Pack<A> acc[M][kChains];
+    for (auto& row : acc) {
+      for (Pack<A>& chain : row) chain = Pack<A>(A(0));
+    }
+    const auto add = [&](int c, int64_t k, int n) RNNKERN_LAMBDA {
+      const Pack<A> factor = F::load(w + k, n);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        acc[m][c] = F::dot(factor, F::load(a + m * lda + k, n), acc[m][c]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + kChains * kSquare <= K; k += kChains * kSquare) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) add(c, k + c * kSquare, kSquare);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c, k += kSquare) {
+      if (k >= K) break;
+      if (k + kSquare > K) {
+        add(c, k, static_cast<int>(K - k));
+      } else {
+        add(c, k, kSquare);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      total[m][l] = (acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]);
     }
   }
 
@@ -221,20 +261,26 @@ struct Weights {
     }
   }
 
-  // Blocks [begin, end) of the transposed product.
+  // Blocks [begin, end) of the transposed product, neighbours together: their columns are.
   void pack_columns(const T* R, int64_t ldr, int64_t begin, int64_t end) const {
     static_assert(NG == 1, "a transposed product has one output a unit");
-    for (int64_t i = begin; i < end; ++i) {
-      const int lanes = static_cast<int>(minimum(N - i * L, L));
-      A* out = block(i);
-      Pack<A>(A(0)).store(out);
-      const A* const block_end = out + block_size(K);
-      for (int64_t k = 0; k < K; k += F::depth) {
-        const T* row = R + k * ldr + i * L;
-        out += L;
-        F::join(row, k + 1 < K ? row + ldr : nullptr, lanes).store(out);
+    for (int64_t i = begin; i < end; i += NU) {
+      const int64_t count = minimum(NU, end - i), stride = block_size(K), last = packed_rows(K) * L;
+      const auto put = [&](int64_t v, int64_t at, Pack<A> row) RNNKERN_LAMBDA {
+        row.store(block(i) + v * stride + at);
+      };
+      for (int64_t v = 0; v < count; ++v) put(v, 0, Pack<A>(A(0)));
+      int64_t at = L;
+      for (int64_t k = 0; k < K; k += F::depth, at += L) {
+        const T *row = R + k * ldr + i * L, *next = k + 1 < K ? row + ldr : nullptr;
+        for (int64_t v = 0; v < count; ++v) {
+          const int lanes = static_cast<int>(minimum(N - (i + v) * L, L));
+          put(v, at, F::join(row + v * L, next ? next + v * L : nullptr, lanes));
+        }
       }
-      for (out += L; out < block_end; out += L) Pack<A>(A(0)).store(out);
+      for (; at <= last; at += L) {
+        for (int64_t v = 0; v < count; ++v) put(v, at, Pack<A>(A(0)));
+      }
     }
   }
 
@@ -253,7 +299,14 @@ struct Weights {
     if constexpr (NG == 1) {
       if (!data && transposed) return multiply_columns(a, lda, m, first, count, out);
     }
-    if (!data) return multiply_unpacked(a, lda, m, first, count, out);
+    if (!data) {
+      switch (m) {
+        case 1: return multiply_unpacked<1>(a, lda, first, count, out);
+        case 2: return multiply_unpacked<2>(a, lda, first, count, out);
+        case 3: return multiply_unpacked<3>(a, lda, first, count, out);
+        default: return multiply_unpacked<kFewRows>(a, lda, first, count, out);
+      }
+    }
     if constexpr (NU == 4) {
       if (count == 3) return multiply_packed<3>(a, lda, m, first, out, ahead);
       if (count == 2) return multiply_packed<2>(a, lda, m, first, out, ahead);
@@ -266,6 +319,7 @@ struct Weights {
 
  private:
   static constexpr int64_t kNearBytes = 768 << 10;
+  static constexpr int64_t kSmallBytes = 64 << 10;
   static constexpr int kSquare = L * F::depth;  // columns of the matrix in a register
 
   static Pack<A> bias_of(const T* b, int64_t r0, int lanes) {
@@ -298,6 +352,9 @@ struct Weights {
       multiply_tile<T, decltype(rows_of_tile)::value, count, NG>(a, lda, block(first),
                                                                  block_size(K), K, out, ahead);
     };
+    if (one_row && NG * K * N * static_cast<int64_t>(sizeof(T)) <= kSmallBytes) {
+      return multiply_tile<T, 1, count, NG, 2>(a, lda, block(first), block_size(K), K, out, ahead);
+    }
     switch (m) {
       case 1: return tile(Count<1>{});
       case 2: return tile(Count<2>{});
@@ -317,9 +374,6 @@ struct Weights {
     }
   }
 };
-
-// Products of this few rows in the whole call do not pay for packing the weights.
-inline bool few_rows(const Sequence& seq) { return seq.T * seq.B <= 4; }
 
 struct FetchNothing {
   RNNKERN_INLINE void operator()(int64_t, int64_t, int64_t) const {}

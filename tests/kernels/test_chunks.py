@@ -60,9 +60,17 @@ BEST += [(isa, torch.bfloat16) for isa in BFLOAT16_ISAS or ISAS[-1:]]  # or cast
 LARGE = (Case("lstm", T=7, B=70, I=1024, H=640), Case("lstm", T=5, B=70, I=600, H=256))
 
 
-@pytest.mark.parametrize("case", [*cases(), *LARGE], ids=str)
+# The most rows of which W is packed in pieces, more pieces than one a thread with a short last one.
+ONE_CHUNK = (
+    Case("lstm", T=128, B=1, I=70, H=100, D=2),
+    Case("gru", layout="batch_first", T=42, B=3, I=150, H=100, lengths=True),
+    Case("rnn_tanh", layout="packed", T=25, B=5, I=150, H=200),
+)
+
+
+@pytest.mark.parametrize("case", [*cases(), *LARGE, *ONE_CHUNK], ids=str)
 @pytest.mark.parametrize(("isa", "dtype"), BEST, ids=str)
-def test_several_chunks(case: Case, isa: str, dtype: torch.dtype) -> None:
+def test_chunks(case: Case, isa: str, dtype: torch.dtype) -> None:
     args = build(case, dtype)
     with use_isa(isa):
         torch.set_num_threads(1)
