@@ -17,6 +17,7 @@ import pytest
 import rnnkern
 import torch
 from cases import cuda_extension
+from gpu.flags import tf32
 from rnnkern import cuda
 from rnnkern._native import load_cuda
 from torch import Tensor, nn
@@ -135,15 +136,12 @@ def test_calls_from_several_threads(device: str, name: str, training: bool) -> N
     wanted = [call() for call in calls]
     if device != "cpu":
         torch.cuda.synchronize()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with tf32(products=True):
         with cuda_extension(*load_cuda()):
             for found, alone in zip(together(calls, device, 5), wanted, strict=True):
                 for one in found:
                     assert_same(one, alone)
         assert torch.backends.cuda.matmul.allow_tf32
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @modules

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.flags import tf32
 from torch import Tensor, nn
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
@@ -56,9 +57,8 @@ def measured(bench: ModuleType, monkeypatch: Patch) -> Iterator[ModuleType]:
     monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda _: True)
     monkeypatch.setattr(torch, "randn", lambda *shape, device, **rest: randn(*shape, **rest))
     monkeypatch.setattr(nn.Module, "to", lambda m, _, dtype: to(m, dtype))
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    yield bench
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    with tf32(products=False):  # or what a case sets
+        yield bench
 
 
 def run(bench: ModuleType, monkeypatch: Patch, *options: str) -> int:
