@@ -1,14 +1,18 @@
 // What a recurrence that stays on the chip rests on, measured: the cost of exchanging a state
 // between blocks, and the bandwidths its weights come with.
 //
-//   nvcc -O3 -std=c++17 -arch=native bench/gpu_floor.cu -o gpu_floor && ./gpu_floor
+//   nvcc -O3 -std=c++17 -arch=native bench/gpu_floor.cu -o gpu_floor
+//   ./gpu_floor "$(git rev-parse HEAD)"
 //
-// Prints one JSON object. Times are of CUDA events around one launch of many rounds, medians of
-// kRepeats launches. Every wait is bounded: a fault ends in an error, never in a hung device.
+// Prints one JSON object, with the commit if it is given. Times are of CUDA events around one
+// launch of many rounds, medians of kRepeats launches; null is a launch that the device refuses.
+// Every wait is bounded: a fault ends in an error, never in a hung device.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -21,12 +25,23 @@ namespace cg = cooperative_groups;
 namespace {
 
 constexpr int kThreads = 256, kRounds = 2000, kRepeats = 9;
+constexpr int kPortableCluster = 8, kMostCluster = 16;  // blocks
 constexpr unsigned kMostSpins = 1u << 26;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
   std::exit(1);
+}
+
+// Whether a launch is one that this device cannot do, which leaves it as it was.
+bool refused(cudaError_t error) {
+  for (const cudaError_t one :
+       {cudaErrorNotSupported, cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize,
+        cudaErrorInvalidConfiguration, cudaErrorLaunchOutOfResources}) {
+    if (error == one) return true;
+  }
+  return false;
 }
 
 __device__ void spin_until(const volatile unsigned* at, unsigned value) {
@@ -70,7 +85,7 @@ __global__ void flag_exchange(uint64_t* words, int group) {
 // The same within a cluster: into the shared memory of every other block, then the cluster's
 // barrier.
 __global__ void cluster_exchange(unsigned* out) {
-  __shared__ unsigned state[2][16][kThreads];
+  __shared__ unsigned state[2][kMostCluster][kThreads];
   cg::cluster_group cluster = cg::this_cluster();
   const unsigned rank = cluster.block_rank(), blocks = cluster.num_blocks();
   for (unsigned round = 1; round <= kRounds; ++round) {
@@ -117,6 +132,7 @@ __global__ void read_shared(int rounds, unsigned* out) {
   if (sum == 1) out[0] = sum;
 }
 
+// Returns NaN where the device refuses the launch.
 template <class Launch>
 double milliseconds(Launch&& launch) {
   cudaEvent_t start, end;
@@ -125,7 +141,12 @@ double milliseconds(Launch&& launch) {
   std::vector<float> times;
   for (int i = 0; i <= kRepeats; ++i) {
     check(cudaEventRecord(start), "record");
-    launch();
+    const cudaError_t error = launch();
+    if (refused(error)) {
+      cudaGetLastError();  // which forgets it
+      return NAN;
+    }
+    check(error, "launch");
     check(cudaGetLastError(), "launch");
     check(cudaEventRecord(end), "record");
     check(cudaEventSynchronize(end), "kernel");
@@ -138,14 +159,23 @@ double milliseconds(Launch&& launch) {
 }
 
 template <class... Parameters>
-void launch_together(void (*kernel)(Parameters...), int blocks, Parameters... parameters) {
+cudaError_t launch_together(void (*kernel)(Parameters...), int blocks, Parameters... parameters) {
   void* arguments[] = {&parameters...};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), dim3(blocks), dim3(kThreads),
-                                    arguments),
-        "cooperative launch");
+  return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel), dim3(blocks), dim3(kThreads),
+                                     arguments);
 }
 
+// As many clusters as the device holds at once, so that none waits for another to end.
 double cluster_microseconds(int size, int blocks, unsigned* out) {
+  if (size > kPortableCluster) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(cluster_exchange, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (refused(error)) {
+      cudaGetLastError();
+      return NAN;
+    }
+    check(error, "clusters that are not portable");
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks / size * size);
   config.blockDim = dim3(kThreads);
@@ -154,9 +184,40 @@ double cluster_microseconds(int size, int blocks, unsigned* out) {
   attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return milliseconds(
-             [&] { check(cudaLaunchKernelEx(&config, cluster_exchange, out), "cluster launch"); }) *
-         1e3 / kRounds;
+  int clusters = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, cluster_exchange, &config);
+  if (refused(error)) {
+    cudaGetLastError();
+    return NAN;
+  }
+  check(error, "clusters at once");
+  if (clusters == 0) return NAN;
+  config.gridDim = dim3(std::min(blocks / size, clusters) * size);
+  return milliseconds([&] { return cudaLaunchKernelEx(&config, cluster_exchange, out); }) * 1e3 /
+         kRounds;
+}
+
+// A number, or null for NaN.
+void print(double value, int decimals) {
+  if (std::isnan(value)) {
+    std::printf("null");
+  } else {
+    std::printf("%.*f", decimals, value);
+  }
+}
+
+// One entry of an object of times.
+void print_entry(int key, double us, bool first) {
+  std::printf("%s\"%d\": ", first ? "" : ", ", key);
+  print(us, 3);
+}
+
+bool is_a_commit(const char* text) {
+  if (*text == 0) return false;
+  for (; *text != 0; ++text) {
+    if (!std::isalnum(static_cast<unsigned char>(*text))) return false;
+  }
+  return true;
 }
 
 // The version of the kernel's driver, e.g. 580.65.06, which the CUDA runtime does not tell.
@@ -170,46 +231,50 @@ std::string driver_version() {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 2 || (count == 2 && !is_a_commit(arguments[1]))) {
+    std::fprintf(stderr, "usage: %s [COMMIT]\n", arguments[0]);
+    return 2;
+  }
   cudaDeviceProp device;
   check(cudaGetDeviceProperties(&device, 0), "device");
   const int blocks = device.multiProcessorCount;
   void* memory;
   const size_t words = size_t{2} * blocks * kThreads, buffer = 16 << 20;
   check(cudaMalloc(&memory, std::max(words * sizeof(uint64_t), buffer)), "memory");
-  int cuda = 0;
+  int cuda = 0, runtime = 0;
   check(cudaDriverGetVersion(&cuda), "driver");
+  check(cudaRuntimeGetVersion(&runtime), "runtime");
   std::printf("{\"device\": \"%s\", \"multiprocessors\": %d", device.name, blocks);
   std::printf(", \"driver\": \"%s\", \"cuda_of_driver\": %d", driver_version().c_str(), cuda);
+  std::printf(", \"cuda_runtime\": %d", runtime);
+  if (count == 2) std::printf(", \"commit\": \"%s\"", arguments[1]);
 
   std::printf(",\n \"grid_barrier_us\": {");
-  for (int n = 2, first = 1; n <= blocks; n = n < blocks ? std::min(2 * n, blocks) : n + 1) {
-    const double us = milliseconds([&] {
-                        check(cudaMemsetAsync(memory, 0, sizeof(unsigned)), "memset");
-                        launch_together(grid_barrier, n, static_cast<unsigned*>(memory));
-                      }) *
-                      1e3 / kRounds;
-    std::printf("%s\"%d\": %.3f", first ? "" : ", ", n, us);
-    first = 0;
+  for (int n = 2; n <= blocks; n = n < blocks ? std::min(2 * n, blocks) : n + 1) {
+    const double ms = milliseconds([&] {
+      check(cudaMemsetAsync(memory, 0, sizeof(unsigned)), "memset");
+      return launch_together(grid_barrier, n, static_cast<unsigned*>(memory));
+    });
+    print_entry(n, ms * 1e3 / kRounds, n == 2);
   }
 
   std::printf("},\n \"flag_exchange_us\": {");
   for (int group = 2; group <= 32 && group <= blocks; group *= 2) {
-    const double us = milliseconds([&] {
-                        check(cudaMemsetAsync(memory, 0, words * sizeof(uint64_t)), "memset");
-                        launch_together(flag_exchange, blocks / group * group,
-                                        static_cast<uint64_t*>(memory), group);
-                      }) *
-                      1e3 / kRounds;
-    std::printf("%s\"%d\": %.3f", group == 2 ? "" : ", ", group, us);
+    const double ms = milliseconds([&] {
+      check(cudaMemsetAsync(memory, 0, words * sizeof(uint64_t)), "memset");
+      return launch_together(flag_exchange, blocks / group * group, static_cast<uint64_t*>(memory),
+                             group);
+    });
+    print_entry(group, ms * 1e3 / kRounds, group == 2);
   }
   std::printf("}");
 
   if (device.major >= 9) {
     std::printf(",\n \"cluster_exchange_us\": {");
-    for (int size = 2; size <= 8; size *= 2) {
-      const double us = cluster_microseconds(size, blocks, static_cast<unsigned*>(memory));
-      std::printf("%s\"%d\": %.3f", size == 2 ? "" : ", ", size, us);
+    for (int size = 2; size <= kMostCluster && size <= blocks; size *= 2) {
+      print_entry(size, cluster_microseconds(size, blocks, static_cast<unsigned*>(memory)),
+                  size == 2);
     }
     std::printf("}");
   }
@@ -219,12 +284,17 @@ int main() {
   const int reads = 8, passes = 20000;
   const double l2 = milliseconds([&] {
     read_l2<<<8 * blocks, kThreads>>>(static_cast<const uint4*>(memory), buffer / 16, reads, out);
+    return cudaGetLastError();
   });
-  const double shared =
-      milliseconds([&] { read_shared<<<blocks, kThreads, 32 << 10>>>(passes, out); });
-  std::printf(",\n \"l2_gb_s\": %.0f, \"shared_gb_s\": %.0f}\n",
-              8.0 * blocks * reads * static_cast<double>(buffer) / l2 / 1e6,
-              static_cast<double>(blocks) * passes * (32 << 10) / shared / 1e6);
+  const double shared = milliseconds([&] {
+    read_shared<<<blocks, kThreads, 32 << 10>>>(passes, out);
+    return cudaGetLastError();
+  });
+  std::printf(",\n \"l2_gb_s\": ");
+  print(8.0 * blocks * reads * static_cast<double>(buffer) / l2 / 1e6, 0);
+  std::printf(", \"shared_gb_s\": ");
+  print(static_cast<double>(blocks) * passes * (32 << 10) / shared / 1e6, 0);
+  std::printf("}\n");
   check(cudaFree(memory), "free");
   return 0;
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpu.flags import tf32
 from rnnkern import cuda
 from rnnkern._native import cuda_module
 
@@ -19,13 +20,14 @@ WHERE = ["cpu", *(pytest.param(f"cuda-{p}", marks=[pytest.mark.gpu, NO_GPU]) for
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where to run, on a GPU by each plan; float32 is multiplied exactly there, as on the CPU."""
     name, _, plan = str(request.param).partition("-")
-    if name == "cuda":
-        monkeypatch.setenv("RNNKERN_CUDA_PLAN", plan)
-        if cuda_module() is None:
-            pytest.skip("a build without CUDA kernels")
-        assert cuda.missing(torch.cuda.current_device()) is None
-        monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    yield name
-    if name == "cuda":
+    if name != "cuda":
+        yield name
+        return
+    monkeypatch.setenv("RNNKERN_CUDA_PLAN", plan)
+    if cuda_module() is None:
+        pytest.skip("a build without CUDA kernels")
+    assert cuda.missing(torch.cuda.current_device()) is None
+    monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
+    with tf32(products=False):
+        yield name
         torch.cuda.synchronize()

@@ -17,6 +17,7 @@ import pytest
 import rnnkern
 import torch
 from cases import cuda_extension
+from gpu.flags import tf32
 from rnnkern import cuda
 from rnnkern._native import load_cuda
 from torch import Tensor, nn
@@ -37,13 +38,23 @@ THREADS = 4
 
 def results(module: nn.Module, data: Tensor | PackedSequence, training: bool) -> list[Tensor]:
     """Return output and states, and in training the gradients of all weights."""
+    return results_of(module, list(module.parameters()), data, training)
+
+
+def results_of(
+    call: Callable[..., Any],
+    weights: list[nn.Parameter],
+    data: Tensor | PackedSequence,
+    training: bool,
+) -> list[Tensor]:
+    """Return the same of what calls a module with these weights."""
     with torch.set_grad_enabled(training):
-        y, states = module(data)
+        y, states = call(data)
         found = [y.data if isinstance(y, PackedSequence) else y]
         found += states if isinstance(states, tuple) else [states]
         if training:
             loss = sum(t.square().sum() for t in found)
-            found += torch.autograd.grad(loss, list(module.parameters()))
+            found += torch.autograd.grad(loss, weights)
         return [t.detach() for t in found]
 
 
@@ -91,6 +102,25 @@ def test_packed_data_in_a_graph(device: str, name: str, training: bool, ordered:
         assert_same(kept, results(module, data, training))
 
 
+@modules
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_lengths_and_resets_in_a_graph(device: str, name: str, training: bool) -> None:
+    """They lie on the device, and every replay reads what is there then."""
+    module = MODULES[name](16, 32, 2, bidirectional=True).to(device)
+    x = torch.randn(9, 4, 16).to(device)
+    lengths = torch.tensor([9, 7, 0, 1], device=device)
+    resets = (torch.rand(9, 4) < 0.3).to(device)
+    call = partial(module, lengths=lengths, resets=resets)
+    weights = list(module.parameters())
+    repeat, kept = recorded(device, lambda: results_of(call, weights, x, training))
+    for changed in ([1, 9, 3, 7], [0, 2, 9, 9]):
+        x.copy_(torch.randn(9, 4, 16))
+        lengths.copy_(torch.tensor(changed))
+        resets.copy_(torch.rand(9, 4) < 0.3)
+        repeat()
+        assert_same(kept, results_of(call, weights, x, training))
+
+
 def test_a_graph_of_more_steps_than_a_launch_brings_over(device: str) -> None:
     """The persistent kernel gets the sizes of 224 steps at a time, in its arguments."""
     module = rnnkern.LSTM(8, 16).to(device)
@@ -135,15 +165,12 @@ def test_calls_from_several_threads(device: str, name: str, training: bool) -> N
     wanted = [call() for call in calls]
     if device != "cpu":
         torch.cuda.synchronize()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
+    with tf32(products=True):
         with cuda_extension(*load_cuda()):
             for found, alone in zip(together(calls, device, 5), wanted, strict=True):
                 for one in found:
                     assert_same(one, alone)
         assert torch.backends.cuda.matmul.allow_tf32
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @modules

@@ -1,22 +1,33 @@
-"""bench/gpu.py without a GPU: what it makes of a case that does not fit, and of the others."""
+"""bench/gpu.py without a GPU: what it makes of errors and of wrong numbers, and what it writes.
+
+Its cases are measured here on the CPU, with clocks that count calls in the place of CUDA's events.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from gpu.flags import tf32
+from torch import Tensor, nn
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
+TIMES = {"cudnn_us_a_step": 2.0, "rnnkern_us_a_step": 1.0, "ratio": 2.0}
+GOOD = {"mode": "inference", **TIMES, "recurrence_floor_by_call": None, "same_numbers": True}
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def bench(monkeypatch: Patch) -> ModuleType:
     pytest.importorskip("tqdm")
     spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
     assert spec is not None
@@ -25,52 +36,223 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, "bench_gpu", module)  # where dataclasses look
     spec.loader.exec_module(module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(module.cuda, "missing", lambda _: None)
-    monkeypatch.setattr(module, "environment", lambda commit: {"commit": commit})
+    monkeypatch.setattr(module, "environment", lambda commit: {"commit": commit, "command": "x"})
+    monkeypatch.setattr(module, "works", lambda: True)
     return module
 
 
-def test_a_case_without_room_is_a_row(
+@pytest.fixture
+def measured(bench: ModuleType, monkeypatch: Patch) -> Iterator[ModuleType]:
+    """Let it measure on the CPU, where every call takes 3 µs."""
+
+    def microseconds(call: Callable[[], Any], repeats: int) -> float:
+        call()
+        return 3.0
+
+    randn = torch.randn
+    to = nn.Module.to
+    monkeypatch.setattr(bench, "microseconds", microseconds)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.backends.cudnn, "is_acceptable", lambda _: True)
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, **rest: randn(*shape, **rest))
+    monkeypatch.setattr(nn.Module, "to", lambda m, _, dtype: to(m, dtype))
+    with tf32(products=False):  # or what a case sets
+        yield bench
+
+
+def run(bench: ModuleType, monkeypatch: Patch, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--commit", "abc", *options])
+    status: int = bench.main()
+    return status
+
+
+def lines(capsys: Capture, cell: str) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {cell} ")]
+
+
+# ---- a case that fails --------------------------------------------------------------------------
+@pytest.mark.parametrize("contender", ["torch.nn", "rnnkern"])
+@pytest.mark.parametrize("memory", [True, False], ids=["memory", "other"])
+def test_a_case_that_fails_is_a_row(
     bench: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: Patch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
+    contender: str,
+    memory: bool,
 ) -> None:
-    emptied: list[int] = []
+    """Only rnnkern's own faults fail the run, of which want of memory is none."""
+    asked: list[int] = []
+    error = torch.OutOfMemoryError("CUDA out of memory") if memory else RuntimeError("a | b\nc")
 
     def measure(case: Any, rounds: int) -> list[dict[str, Any]]:
-        if case.B == 64:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        times = {"cudnn_us_a_step": 2.0, "rnnkern_us_a_step": 1.0, "ratio": 2.0}
-        row = {"mode": "inference", **times, "share_of_floor": None, "same_numbers": True}
-        return [bench.asdict(case) | row]
+        with bench.blaming(contender):
+            if case.B == 64:
+                raise error
+        return [bench.asdict(case) | GOOD]
 
     monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setattr(bench, "works", lambda: not asked.append(1))
     path = tmp_path / "result.json"
-    options = ["--quick", "--cell", "gru", "--dtype", "bf16", "--commit", "abc"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *options, "--json", str(path)])
-    assert bench.main() == 0
+    options = ["--cell", "gru", "--dtype", "bf16", "--json", str(path)]
+    status = run(bench, monkeypatch, *options)
+    assert status == (contender == "rnnkern" and not memory)
     rows = json.loads(path.read_text())["rows"]
-    full = [row for row in rows if row.get("out_of_memory")]
-    assert {row["B"] for row in full} == {64}
-    assert {row["B"] for row in rows if row not in full} == {1}
-    assert len(emptied) == len(full) > 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| gru")]
-    assert sum("| out of memory |" in line for line in lines) == len(full)
-    assert sum("| inference | 2.00 | 1.00 | 2.00 |" in line for line in lines) == 2
+    failed = [row for row in rows if "failed" in row]
+    assert {row["B"] for row in failed} == {64}
+    assert {row["B"] for row in rows if row not in failed} == {1}
+    assert {row["failed"] for row in failed} == {contender}
+    assert {row["out_of_memory"] for row in failed} == {memory}
+    assert {row["error"] for row in failed} == {str(error).splitlines()[0]}
+    assert len(asked) == len(failed) > 1
+    said = f"out of memory ({contender})" if memory else f"**{contender} failed**: a / b"
+    printed = lines(capsys, "gru")
+    assert sum(f"| {said} | | | | |" in line for line in printed) == len(failed)
+    assert sum("| inference | 2.00 | 1.00 | 2.00 |" in line for line in printed) == 2
+    assert all(line.count("|") == 7 for line in printed)
 
 
-def test_outputs_that_differ_fail_the_run(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_what_both_share_is_a_row_too(bench: ModuleType, monkeypatch: Patch) -> None:
+    def measure(case: Any, rounds: int) -> list[dict[str, Any]]:
+        raise RuntimeError("no room for the input")
+
+    monkeypatch.setattr(bench, "measure", measure)
+    (row,) = bench.rows_of(next(bench.cases(True)), 1)
+    assert (row["failed"], row["error"]) == ("the case", "no room for the input")
+
+
+def test_a_device_that_fails_ends_the_run(
+    bench: ModuleType, monkeypatch: Patch, tmp_path: Path, capsys: Capture
 ) -> None:
+    """Its errors stay as long as the process; another one goes on after the case."""
+    path = tmp_path / "result.json"
+    options = ["--cell", "lstm", "--dtype", "fp32", "--json", str(path)]
+    tried: list[Any] = []
+
+    def measure(case: Any, rounds: int) -> list[dict[str, Any]]:
+        tried.append(case)
+        with bench.blaming("rnnkern"):
+            if len(tried) == 3:
+                raise RuntimeError("an illegal memory access was encountered")
+        return [bench.asdict(case) | GOOD]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "works", lambda: False)
+    assert run(bench, monkeypatch, *options) == 1
+    assert len(tried) == len(json.loads(path.read_text())["rows"]) == 3
+    assert "works no more" in capsys.readouterr().err
+    assert run(bench, monkeypatch, *options, "--resume") == 1  # one row is a fault still
+    assert len(tried) == len(set(tried)) > 3
+    assert len(json.loads(path.read_text())["rows"]) == len(tried)
+
+
+def test_a_run_goes_on_in_its_own_surroundings_only(
+    bench: ModuleType, monkeypatch: Patch, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"environment": {"commit": "other", "command": "x"}, "rows": []}))
+    for options in (["--json", str(path)], []):
+        with pytest.raises(SystemExit):
+            run(bench, monkeypatch, *options, "--resume")
+        assert "--resume" in capsys.readouterr().err
+
+
+# ---- what is measured ---------------------------------------------------------------------------
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize(
+    "form", [{}, {"layers": 2}, {"bidirectional": True}, {"packed": True}], ids=str
+)
+def test_a_case(measured: ModuleType, cell: str, form: dict[str, Any]) -> None:
+    case = measured.Case(cell, "fp32", 8, 3, 5, **form)
+    rows = measured.rows_of(case, 3)
+    assert [row["mode"] for row in rows] == ["inference", "training"]
+    for row in rows:
+        assert row["same_numbers"], row
+        assert row["cudnn_us_a_step"] == row["rnnkern_us_a_step"] == 3.0 / (5 * case.layers)
+        assert row["ratio"] == 1.0
+        assert row["recurrence_floor_by_call"] is None
+        assert row["largest_difference"] < 1e-5
+    assert "largest_gradient_difference" not in rows[0]
+    assert rows[1]["largest_gradient_difference"] < 1e-5
+
+
+def test_the_floor_is_that_of_the_recurrence(measured: ModuleType) -> None:
+    inference, training = measured.rows_of(measured.Case("lstm", "tf32", 256, 1, 2), 1)
+    assert inference["recurrence_floor_by_call"] == pytest.approx(0.93 / 1.5)
+    assert training["recurrence_floor_by_call"] == pytest.approx((0.93 + 0.96) / 1.5)
+    assert "whole call" in measured.HEAD
+    for word in ("recurrence alone", "whole call"):
+        assert word in measured.LEGEND["recurrence_floor_by_call"]
+
+
+@pytest.mark.parametrize("which", ["outputs", "gradients"])
+@pytest.mark.parametrize("by", [0.1, float("nan")])
+def test_numbers_that_differ_fail_the_run(
+    measured: ModuleType, monkeypatch: Patch, which: str, by: float
+) -> None:
+    call_of = measured.call_of
+
+    def spoilt(module: nn.Module, data: Any, leaf: Tensor, training: bool) -> Any:
+        call = call_of(module, data, leaf, training)
+        if "rnnkern" not in type(module).__module__ or training != (which == "gradients"):
+            return call
+        return lambda: (*(results := call())[:-1], results[-1] + by * results[-1].abs().max())
+
+    monkeypatch.setattr(measured, "call_of", spoilt)
+    case = measured.Case("gru", "fp32", 8, 3, 5)
+    inference, training = measured.rows_of(case, 1)
+    assert inference["same_numbers"] == (which == "gradients")
+    assert not training["same_numbers"]
+    assert "**results differ**" in measured.as_line(case, training)
+    found = inference["largest_difference"], training["largest_gradient_difference"]
+    spoiled = found[which == "gradients"]
+    assert math.isnan(spoiled) == math.isnan(by)
+    assert not spoiled <= measured.TOLERANCE["fp32"]
+    assert measured.wrong(training)
+    monkeypatch.setattr(measured, "measure", lambda *_: [training])
+    assert run(measured, monkeypatch) == 1
+
+
+def test_differences_are_parts_of_the_largest_entry(bench: ModuleType) -> None:
+    wanted = [torch.tensor([0.0, 100.0]), torch.tensor([0.5])]
+    assert bench.largest_difference(wanted, wanted) == 0
+    found = [torch.tensor([1.0, 100.0]), torch.tensor([0.505])]
+    assert bench.largest_difference(found, wanted) == pytest.approx(0.01)
+    found[1] = torch.tensor([0.7])
+    assert bench.largest_difference(found, wanted) == pytest.approx(0.2)
+
+
+def test_an_error_tells_whose_it_is(measured: ModuleType, monkeypatch: Patch) -> None:
+    case = measured.Case("rnn", "fp32", 8, 3, 5)
+    for contender, kind in (("torch.nn", nn.RNN), ("rnnkern", measured.rnnkern.RNN)):
+        with monkeypatch.context() as patch:
+
+            def fail(*_: Any) -> Any:
+                raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+
+            patch.setattr(kind, "forward", fail)
+            (row,) = measured.rows_of(case, 1)
+        assert row["failed"] == contender
+
+
+# ---- what is written ----------------------------------------------------------------------------
+def test_the_legend_is_printed_and_written(
+    bench: ModuleType, monkeypatch: Patch, tmp_path: Path, capsys: Capture
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda case, _: [bench.asdict(case) | GOOD])
+    path = tmp_path / "result.json"
+    assert run(bench, monkeypatch, "--json", str(path)) == 0
+    written, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert written["legend"] == bench.LEGEND
+    assert written["environment"]["commit"] == "abc"
+    for name, meaning in bench.LEGEND.items():
+        assert f"{name}: {meaning}" in printed
+    assert bench.HEAD in printed
+
+
+def test_a_line_of_the_table(bench: ModuleType) -> None:
     case = next(bench.cases(True))
-    row = bench.asdict(case) | {"mode": "training", "share_of_floor": 0.5, "same_numbers": False}
-    row |= {"cudnn_us_a_step": 2.0, "rnnkern_us_a_step": 1.0, "ratio": 2.0}
-    assert bench.as_line(case, row).endswith(
-        "| training | 2.00 | 1.00 | 2.00 **outputs differ** | 0.50 |"
-    )
-    monkeypatch.setattr(bench, "measure", lambda *_: [row])
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--commit", "abc"])
-    assert bench.main() == 1
+    row = bench.asdict(case) | GOOD | {"recurrence_floor_by_call": 0.5, "same_numbers": False}
+    wanted = "| inference | 2.00 | 1.00 | 2.00 **results differ** | 0.50 |"
+    assert bench.as_line(case, row).endswith(wanted)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import rnnkern
 import torch
+from gpu.kinks import smooth_module
 from pairs import (
     CELLS,
     LAYERS,
@@ -182,6 +183,24 @@ def test_extreme_values_propagate(device: str, name: str, value: float) -> None:
     x = torch.randn(6, 3, 3, dtype=torch.float64)
     x[2, 1, 0] = value
     assert_device_parity(made, device, x)
+
+
+@pytest.mark.parametrize("name", ["RNN", "RNNCell"])
+@pytest.mark.parametrize("extra", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_narrow_gradients_of_relu(
+    device: str, name: str, extra: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if name in CELLS and extra:
+        pytest.skip("a cell is one layer")
+    made = pair(name, 8, 24, nonlinearity="relu", **extra)
+    smooth_module(made[0])
+    made[1].load_state_dict(made[0].state_dict())
+    for module in made:
+        module.to(dtype)
+    x = torch.randn((3, 8) if name in CELLS else (6, 3, 8)).to(dtype)
+    hx = random_state(made[0], 3)
+    assert_device_parity(made, device, x, hx, deep=bool(extra), smooth=True)
 
 
 # ---- cells --------------------------------------------------------------------------------------
