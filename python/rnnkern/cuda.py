@@ -220,8 +220,10 @@ def _told(reason: str) -> str | None:
 
 def _lasting(index: int, problem: str) -> str:
     """Return a problem that stays as long as the process does, or ""; raise for any other."""
-    if problem and problem.partition(":")[0] not in _LASTING:
-        raise RuntimeError(f"rnnkern: device {index}: {problem}")
+    name = problem.partition(":")[0]
+    if problem and name not in _LASTING:
+        kind = torch.OutOfMemoryError if name == "cudaErrorMemoryAllocation" else RuntimeError
+        raise kind(f"rnnkern: device {index}: {problem}")
     return problem
 
 
