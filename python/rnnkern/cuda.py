@@ -2,7 +2,7 @@
 
 A call only queues work on torch's current stream: it never waits for the device or reads from it.
 So what lies on the device is not checked on the host. Lengths that are out of range make every
-result of their row NaN.
+result of their row NaN; a row that the order of packed rows leaves out has NaN as its final states.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def pinned_plan() -> str:
 
 
 class Cuda(Backend):
-    """All four types; 16-bit data is summed, and c kept, in float32.
+    """All four types; 16-bit data is summed, and c carried from step to step, in float32.
 
     Parameters
     ----------
