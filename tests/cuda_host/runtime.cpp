@@ -53,7 +53,8 @@ thread_local cudaError_t last_error = cudaSuccess;  // what cudaGetLastError has
 constexpr unsigned char kUntouched = 0xff;  // of which every floating-point type makes a NaN
 thread_local std::vector<std::pair<unsigned char*, unsigned char*>> gaps;
 
-// Of each device and kernel, what cudaFuncSetAttribute allowed; of each device and stream, launches.
+// Of each device and kernel, what cudaFuncSetAttribute allowed; of each device and stream, its
+// launches.
 std::mutex maps_guard;
 std::map<std::pair<int, const void*>, size_t> allowed;
 std::map<std::pair<int, const void*>, long> launches_on;
