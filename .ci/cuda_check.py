@@ -1,9 +1,10 @@
-"""Check what nvcc makes of csrc/cuda: spilled registers, tensor cores, read-only loads.
+"""Check what nvcc makes of csrc/cuda: spilled registers, tensor cores, read-only loads, libraries.
 
     python .ci/cuda_check.py          for the architectures of a build without a GPU
     python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
     python .ci/cuda_check.py --list   also print the registers of each kernel
-    python .ci/cuda_check.py --built  only PTX, for sm_80 and sm_75; spills are the build's to show
+    python .ci/cuda_check.py --built  only PTX, for sm_80 and sm_75, and which libraries the
+                                      installed module needs; spills are the build's to show
     python .ci/cuda_check.py --nvcc   print the compiler, or nothing, and check nothing
 
 Needs nvcc, where CMake finds it; without it, nothing is checked and the exit status is 0.
@@ -12,6 +13,7 @@ Needs nvcc, where CMake finds it; without it, nothing is checked and the exit st
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -97,6 +99,22 @@ def read_ptx(source: Path, architecture: str, folder: Path) -> tuple[int, list[s
     return len(entries), faults
 
 
+def read_libraries() -> list[str]:
+    """Return what is wrong in how the installed module is linked.
+
+    It has CUDA's runtime in it and nothing else of CUDA, the driver included: it is imported where
+    there is none of that.
+    """
+    spec = importlib.util.find_spec("rnnkern._cuda")
+    if spec is None or spec.origin is None:
+        return ["rnnkern._cuda: not installed"]
+    command = ["readelf", "--dynamic", spec.origin]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", said)
+    faults = [f"{spec.origin}: needs {name}" for name in needed if re.match("lib(cu|nv)", name)]
+    return faults if needed else [f"{spec.origin}: no libraries found in\n{said}"]
+
+
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -127,6 +145,7 @@ def main() -> int:
             if a != "75" or s.stem == "float16"
         ]
         wrong = [line for job in ptx for line in job.result()[1]]
+        wrong += read_libraries() if options.built else []
         read, count = sum(job.result()[0] for job in ptx), 0
         for (source, architecture), job in jobs.items():
             for kernel in job.result():

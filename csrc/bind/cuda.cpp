@@ -3,7 +3,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -14,14 +13,23 @@ using namespace rnnkern;
 
 namespace {
 
-void raise(Status status) {
+// What a device said, as an error of torch's own kind where it has one; `what`: which call failed.
+[[noreturn]] void raise_error_of(const std::string& what, int device, bool memory) {
+  const std::string message =
+      "rnnkern: " + what + " on device " + std::to_string(device) + ": " + cuda_error();
+  if (!memory) throw std::runtime_error(message);
+  PyErr_SetString(py::module_::import("torch").attr("OutOfMemoryError").ptr(), message.c_str());
+  throw py::error_already_set();
+}
+
+void raise(Status status, const char* what = "", int device = 0) {
   switch (status) {
     case Status::ok: return;
-    case Status::out_of_memory: throw std::bad_alloc();
+    case Status::out_of_memory: raise_error_of(what, device, true);
     case Status::unknown_cell: throw py::value_error("cell: no such index in the registry");
     case Status::bad_problem: throw py::value_error("problem: sizes out of range for this cell");
     case Status::unsupported_type: break;  // of the CPU backend only
-    case Status::device_error: throw std::runtime_error("CUDA: " + cuda_error());
+    case Status::device_error: raise_error_of(what, device, false);
   }
 }
 
@@ -48,7 +56,7 @@ size_t forward(int cell, const py::tuple& where, const py::tuple& seq, const py:
       py::gil_scoped_release release;
       status = run_forward_cuda<T>(cell, p, call);
     }
-    raise(status);
+    raise(status, "forward", call.device);
   }
   return forward_workspace<T>(cell, p, call);
 }
@@ -65,7 +73,7 @@ size_t backward(int cell, const py::tuple& where, const py::tuple& seq, const py
       py::gil_scoped_release release;
       status = run_backward_cuda<T, A>(cell, p, call);
     }
-    raise(status);
+    raise(status, "backward", call.device);
   }
   return backward_workspace<T, A>(cell, p, call);
 }
@@ -99,9 +107,14 @@ py::dict plan(int cell, const py::tuple& where, const py::tuple& sizes) {
     problem.P = P > 0 ? P : problem.H;
     return problem;
   };
+  CudaPlan forward, backward;
+  Status status = forward_plan<T>(cell, set(ForwardProblem<T>{}), call, forward);
+  if (status == Status::ok)
+    status = backward_plan<T, A>(cell, set(BackwardProblem<T, A>{}), call, backward);
+  raise(status, "plan", call.device);
   py::dict d;
-  d["forward"] = as_dict(forward_plan<T>(cell, set(ForwardProblem<T>{}), call));
-  d["backward"] = as_dict(backward_plan<T, A>(cell, set(BackwardProblem<T, A>{}), call));
+  d["forward"] = as_dict(forward);
+  d["backward"] = as_dict(backward);
   return d;
 }
 

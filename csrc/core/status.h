@@ -6,7 +6,7 @@ namespace rnnkern {
 
 enum class Status {
   ok,
-  out_of_memory,     // the scratch buffers could not be allocated
+  out_of_memory,     // for scratch buffers, or CUDA's for a launch; then see cuda_error()
   unknown_cell,      // no cell of that name in cells/registry.h
   bad_problem,       // sizes or pointers that no caller in Python can produce
   unsupported_type,  // the selected ISA has no kernels for the type

@@ -16,7 +16,7 @@ std::string& last_error() {
 Status device_failed(cudaError_t error) {
   last_error() = std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
   cudaGetLastError();  // the next call starts clean, unless the error is the context's
-  return Status::device_error;
+  return error == cudaErrorMemoryAllocation ? Status::out_of_memory : Status::device_error;
 }
 
 const std::string& cuda_error() { return last_error(); }

@@ -18,7 +18,8 @@ namespace rnnkern {
 std::string device_problem(int device);
 // Why a device cannot run steps of several stages; empty if it can.
 std::string cooperation_problem(int device);
-// What the last call that returned Status::device_error failed with, on this thread.
+// What the last call failed with, on this thread, that returned Status::device_error or
+// Status::out_of_memory.
 const std::string& cuda_error();
 
 int cuda_cell_count();
@@ -35,8 +36,10 @@ Status run_backward_cuda(int cell, const BackwardProblem<T, A>& problem, const C
 
 // How these would run; of the problem, only sizes and whether there is a projection count.
 template <class T>
-CudaPlan forward_plan(int cell, const ForwardProblem<T>& problem, const CudaCall& call);
+Status forward_plan(int cell, const ForwardProblem<T>& problem, const CudaCall& call,
+                    CudaPlan& plan);
 template <class T, class A>
-CudaPlan backward_plan(int cell, const BackwardProblem<T, A>& problem, const CudaCall& call);
+Status backward_plan(int cell, const BackwardProblem<T, A>& problem, const CudaCall& call,
+                     CudaPlan& plan);
 
 }  // namespace rnnkern

@@ -36,6 +36,7 @@ struct ForwardStep : ForwardCall<T> {
 };
 
 // The states before the first step, into the scratch; a row without steps goes to its final state.
+// Final states of a row that an order leaves out, of which the host knows nothing, stay NaN.
 // One thread an element of [D, B, max(P, H)].
 template <class Cell, class T>
 __global__ void forward_prepare(const ForwardCall<T> s) {
@@ -50,12 +51,14 @@ __global__ void forward_prepare(const ForwardCall<T> s) {
   const int64_t b = p.seq.batch_row(j);
   const bool has_steps = runs(p.seq, Step{0, p.seq.B, 0}, j);
   const bool reset = has_steps && !io.reverse && p.seq.reset_at(0, j);
+  const T nan = narrow<T>(Accumulator<T>(NAN));
   for (int k = 0; k < Cell::states; ++k) {
     const int64_t state_width = k == 0 ? p.P : p.H;
     if (u >= state_width) continue;
     const T* from = reset ? io.reset[k] : io.initial[k];
     T value = from ? from[b * state_width + u] : narrow<T>(0);
-    if (!valid_length(p.seq, j)) value = narrow<T>(Accumulator<T>(NAN));
+    if (!valid_length(p.seq, j)) value = nan;
+    if (p.seq.order) io.final[k][j * state_width + u] = nan;  // all its rows have steps
     if (!has_steps) {
       io.final[k][b * state_width + u] = value;
     } else if (k == 0) {

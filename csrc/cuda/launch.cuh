@@ -179,31 +179,36 @@ Status check_problem(int cell, const Problem& p) {
 }
 
 template <class T, class Problem>
-CudaPlan plan_of(FindPersistent persistent, const Problem& p, const CudaCall& call) {
-  return make_cuda_plan(
-      call, {cuda_type<T>, p.seq.B, p.D, {p.H, p.P}, p.dir[0].W_hr != nullptr, persistent});
+Status plan_of(FindPersistent persistent, const Problem& p, const CudaCall& call, CudaPlan& plan) {
+  const CudaSizes sizes{cuda_type<T>, p.seq.B, p.D, {p.H, p.P}, p.dir[0].W_hr != nullptr,
+                        persistent};
+  return make_cuda_plan(call, sizes, plan);
 }
 
 template <class T>
-CudaPlan forward_plan(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
+Status forward_plan(int cell, const ForwardProblem<T>& p, const CudaCall& call, CudaPlan& plan) {
   const CellDriver<T>& driver = cell_drivers<T>[cell];
-  CudaPlan plan = plan_of<T>(driver.forward_kernel, p, call);
+  const Status status = plan_of<T>(driver.forward_kernel, p, call, plan);
   plan.wide = plan.wide && (driver.widens || p.dir[0].W_hr);
-  return plan;
+  return status;
 }
 
 template <class T, class A>
-CudaPlan backward_plan(int cell, const BackwardProblem<T, A>& p, const CudaCall& call) {
-  return plan_of<T>(cell_drivers<T>[cell].backward_kernel, p, call);
+Status backward_plan(int cell, const BackwardProblem<T, A>& p, const CudaCall& call,
+                     CudaPlan& plan) {
+  return plan_of<T>(cell_drivers<T>[cell].backward_kernel, p, call, plan);
 }
 
-template <class T, class Problem, class Run>
-Status run_call(int cell, const Problem& problem, const CudaCall& call, Run&& run) {
-  const Status status = check_problem<T>(cell, problem);
+// make(plan), then run(driver, plan).
+template <class T, class Problem, class Make, class Run>
+Status run_call(int cell, const Problem& problem, const CudaCall& call, Make&& make, Run&& run) {
+  Status status = check_problem<T>(cell, problem);
   if (status != Status::ok) return status;
   const DeviceGuard guard(call.device);
   if (guard.error() != cudaSuccess) return device_failed(guard.error());
-  return run(cell_drivers<T>[cell]);
+  CudaPlan plan;
+  status = make(plan);
+  return status == Status::ok ? run(cell_drivers<T>[cell], plan) : status;
 }
 
 template <class T>
@@ -218,27 +223,31 @@ size_t backward_workspace(int cell, const BackwardProblem<T, A>& p, const CudaCa
 
 template <class T>
 Status run_forward_cuda(int cell, const ForwardProblem<T>& p, const CudaCall& call) {
-  return run_call<T>(cell, p, call, [&](const CellDriver<T>& driver) {
-    return driver.forward(p, call, forward_plan(cell, p, call));
-  });
+  return run_call<T>(
+      cell, p, call, [&](CudaPlan& plan) { return forward_plan(cell, p, call, plan); },
+      [&](const CellDriver<T>& driver, const CudaPlan& plan) {
+        return driver.forward(p, call, plan);
+      });
 }
 
 template <class T, class A>
 Status run_backward_cuda(int cell, const BackwardProblem<T, A>& p, const CudaCall& call) {
-  return run_call<T>(cell, p, call, [&](const CellDriver<T>& driver) {
-    return driver.backward(p, call, backward_plan(cell, p, call));
-  });
+  return run_call<T>(
+      cell, p, call, [&](CudaPlan& plan) { return backward_plan(cell, p, call, plan); },
+      [&](const CellDriver<T>& driver, const CudaPlan& plan) {
+        return driver.backward(p, call, plan);
+      });
 }
 
-#define RNNKERN_CUDA_TYPE(T)                                                            \
-  template size_t forward_workspace<T>(int, const ForwardProblem<T>&, const CudaCall&); \
-  template size_t backward_workspace<T>(int, const BackwardProblem<T, Accumulator<T>>&, \
-                                        const CudaCall&);                               \
-  template Status run_forward_cuda<T>(int, const ForwardProblem<T>&, const CudaCall&);  \
-  template Status run_backward_cuda<T>(int, const BackwardProblem<T, Accumulator<T>>&,  \
-                                       const CudaCall&);                                \
-  template CudaPlan forward_plan<T>(int, const ForwardProblem<T>&, const CudaCall&);    \
-  template CudaPlan backward_plan<T>(int, const BackwardProblem<T, Accumulator<T>>&,    \
-                                     const CudaCall&);
+#define RNNKERN_CUDA_TYPE(T)                                                                  \
+  template size_t forward_workspace<T>(int, const ForwardProblem<T>&, const CudaCall&);       \
+  template size_t backward_workspace<T>(int, const BackwardProblem<T, Accumulator<T>>&,       \
+                                        const CudaCall&);                                     \
+  template Status run_forward_cuda<T>(int, const ForwardProblem<T>&, const CudaCall&);        \
+  template Status run_backward_cuda<T>(int, const BackwardProblem<T, Accumulator<T>>&,        \
+                                       const CudaCall&);                                      \
+  template Status forward_plan<T>(int, const ForwardProblem<T>&, const CudaCall&, CudaPlan&); \
+  template Status backward_plan<T>(int, const BackwardProblem<T, Accumulator<T>>&,            \
+                                   const CudaCall&, CudaPlan&);
 
 }  // namespace rnnkern

@@ -29,20 +29,20 @@ namespace {
 constexpr int kKnownDevices = 64;
 
 // The architecture, as 10 · major + minor, that the kernels on a device were compiled for: that of
-// their PTX, since a newer device may run what was written for an older one. 0: not known.
-int kernel_architecture(int device) {
+// their PTX, since a newer device may run what was written for an older one.
+cudaError_t kernel_architecture(int device, int& architecture) {
   static std::atomic<int> known[kKnownDevices];
   const bool keeps = device >= 0 && device < kKnownDevices;
-  if (keeps && known[device] != 0) return known[device];
+  architecture = keeps ? known[device].load() : 0;
+  if (architecture != 0) return cudaSuccess;
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes{};
-  if (guard.error() != cudaSuccess) return 0;
-  if (cudaFuncGetAttributes(&attributes, put_steps<SomeSteps>) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  if (keeps) known[device] = attributes.ptxVersion;
-  return attributes.ptxVersion;
+  cudaError_t error = guard.error();
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, put_steps<SomeSteps>);
+  if (error != cudaSuccess) return error;
+  architecture = attributes.ptxVersion;
+  if (keeps) known[device] = architecture;
+  return cudaSuccess;
 }
 
 int multiprocessors(int device) {
@@ -179,10 +179,14 @@ void make_persistent(const Device& device, const CudaSizes& s, CudaPlan& plan) {
 // blocks; and of four tiles of units where these give every multiprocessor a block in every stage,
 // of H units or P, so that the operand is read by fewer blocks too. float64, and
 // bfloat16 without tensor cores, are not worth the compile time (the products' kWidens).
-CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes) {
-  CudaPlan plan{};
-  const int least = tensor_cores_from(sizes.type, call.tf32);
-  plan.tensor_cores = least > 0 && kernel_architecture(call.device) >= least;
+Status make_cuda_plan(const CudaCall& call, const CudaSizes& sizes, CudaPlan& plan) {
+  plan = {};
+  if (const int least = tensor_cores_from(sizes.type, call.tf32)) {
+    int architecture;
+    const cudaError_t error = kernel_architecture(call.device, architecture);
+    if (error != cudaSuccess) return device_failed(error);
+    plan.tensor_cores = architecture >= least;
+  }
   plan.row_tiles = sizes.B <= 8 ? 1 : 4;
   const bool widens = plan.tensor_cores || sizes.type == CudaType::float32;
   const Widths& widths = sizes.widths;
@@ -190,11 +194,11 @@ CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes) {
   plan.wide =
       widens && sizes.B > 8 &&
       sizes.D * tiles(sizes.B, 32) * tiles(units, 4 * kUnits) >= multiprocessors(call.device);
-  if (!call.persistent) return plan;
+  if (!call.persistent) return Status::ok;
   const DeviceGuard guard(call.device);
   const Device device = guard.error() == cudaSuccess ? ask(call.device) : Device{};
   if (device.cooperates) make_persistent(device, sizes, plan);
-  return plan;
+  return Status::ok;
 }
 
 }  // namespace rnnkern

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/status.h"
+
 namespace rnnkern {
 
 struct CudaCall {
@@ -53,7 +55,8 @@ struct CudaPlan {
   int64_t memory;    // bytes of a block's shared memory
 };
 
-// The only function that decides.
-CudaPlan make_cuda_plan(const CudaCall& call, const CudaSizes& sizes);
+// The only function that decides. It fails where the device does not tell what the results depend
+// on.
+Status make_cuda_plan(const CudaCall& call, const CudaSizes& sizes, CudaPlan& plan);
 
 }  // namespace rnnkern

@@ -2,7 +2,7 @@
 
 A call only queues work on torch's current stream: it never waits for the device or reads from it.
 So what lies on the device is not checked on the host. Lengths that are out of range make every
-result of their row NaN.
+result of their row NaN; a row that the order of packed rows leaves out has NaN as its final states.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def pinned_plan() -> str:
 
 
 class Cuda(Backend):
-    """All four types; 16-bit data is summed, and c kept, in float32.
+    """All four types; 16-bit data is summed, and c carried from step to step, in float32.
 
     Parameters
     ----------
@@ -220,8 +220,10 @@ def _told(reason: str) -> str | None:
 
 def _lasting(index: int, problem: str) -> str:
     """Return a problem that stays as long as the process does, or ""; raise for any other."""
-    if problem and problem.partition(":")[0] not in _LASTING:
-        raise RuntimeError(f"rnnkern: device {index}: {problem}")
+    name = problem.partition(":")[0]
+    if problem and name not in _LASTING:
+        kind = torch.OutOfMemoryError if name == "cudaErrorMemoryAllocation" else RuntimeError
+        raise kind(f"rnnkern: device {index}: {problem}")
     return problem
 
 

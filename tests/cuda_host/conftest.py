@@ -85,6 +85,28 @@ class Host:
         found: int = self.library.cuda_host_pending_error()
         return found
 
+    def fail_launch(self, index: int, error: int) -> None:
+        """Let so many launches succeed and the next fail with an error, once; -1: none."""
+        self.library.cuda_host_fail_launch(ctypes.c_long(index), error)
+
+    def fail_attributes(self, error: int) -> None:
+        """Let the next question about a kernel's attributes fail with an error; 0: it does not."""
+        self.library.cuda_host_fail_attributes(error)
+
+    def current_device(self) -> int:
+        """Return the device that is current on this thread."""
+        found: int = self.library.cuda_host_current_device()
+        return found
+
+    def make_current(self, device: int) -> None:
+        """Make a device current on this thread."""
+        self.library.cuda_host_make_current(device)
+
+    def launches_on(self, device: int, stream: int) -> int:
+        """Return how many grids have been launched so far on one stream of a device."""
+        found: int = self.library.cuda_host_launches_on(device, ctypes.c_void_p(stream))
+        return found
+
     def launches(self) -> Launches:
         """Return how many grids have been launched so far."""
         return Launches(*map(self.library.cuda_host_launches, (0, 1)))
@@ -157,6 +179,9 @@ def host(built: Host, fixed_seed: int, monkeypatch: pytest.MonkeyPatch) -> Itera
     built.drop_grid_barrier(-1)
     built.drop_release(-1)
     built.drop_wait(-1)
+    built.fail_launch(-1, 0)
+    built.fail_attributes(0)
+    built.make_current(0)
     built.device_size()
 
 
