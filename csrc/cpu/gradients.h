@@ -37,14 +37,10 @@ class Gradients {
     if (io_->W_hr) dh_ = Matrix<T>::carve(carver, steps_ * B, p.P);
     if (p.dinput) {
       W_ = {G * p.H, p.I};
-      packs_pieces_ = steps_ == p.seq.T && !few_rows(p.seq);
-      if (packs_pieces_) {
-        const int64_t units = minimum(p.I, decltype(W_)::NU * L);
-        piece_size_ = whole_lines<A>(W_.size(G * p.H, units));
-        W_.data = carver.take<A>(threads * piece_size_);
-      } else {
-        W_.data = transposed_data<T>(carver, p.seq, G * p.H, p.I);
-      }
+      in_pieces_ = is_one_chunk(p.seq) && W_.blocks(p.I) >= threads;
+      piece_size_ = whole_lines<A>(W_.piece_size(G * p.H, p.I));
+      W_.data = in_pieces_ ? carver.take<A>(threads * piece_size_)
+                           : transposed_data<T>(carver, p.seq, G * p.H, p.I);
       dinput_ = d == 0 ? p.dinput : carver.take<T>(p.seq.data_rows() * p.I);
     }
     sums_ = io_->sums;
@@ -65,7 +61,7 @@ class Gradients {
 
   // This thread's part of what comes before the first chunk.
   void prepare(const Place& place) {
-    if (p_->dinput && !packs_pieces_) {
+    if (p_->dinput && !in_pieces_) {
       W_.set_columns(io_->W, p_->I, part(W_.blocks(p_->I), place.index, place.count));
     }
   }
@@ -168,17 +164,16 @@ class Gradients {
 
   void multiply(const Place& place) {
     const int64_t blocks = W_.blocks(p_->I);
-    const bool split_rows = blocks < place.count || (!packs_pieces_ && count_ >= 8 * place.count);
+    const bool split_rows = !in_pieces_ && (count_ >= 8 * place.count || blocks < place.count);
     const Range all{0, blocks};
     const Range mine = split_rows ? all : part(blocks, place.index, place.count);
     const Range rows = split_rows ? part(count_, place.index, place.count) : Range{0, count_};
-    const int64_t n = rows.end - rows.begin, at_once = packs_pieces_ ? decltype(W_)::NU : blocks;
+    const int64_t n = rows.end - rows.begin, at_once = in_pieces_ ? decltype(W_)::NU : blocks;
     for (int64_t block = mine.begin; block < mine.end; block += at_once) {
       const Range units{block, minimum(block + at_once, mine.end)};
       Weights<T, 1> w = W_;
-      if (packs_pieces_) {
-        w.data += place.index * piece_size_;
-        w.begin = block;
+      if (in_pieces_) {
+        w = W_.piece(W_.data + place.index * piece_size_, block);
         w.set_columns(io_->W, p_->I, units);
       }
       run_product(
@@ -206,9 +201,9 @@ class Gradients {
 
   const CpuBackwardProblem<T>* p_ = nullptr;
   const BackwardDirection<T, A>* io_ = nullptr;
-  Weights<T, 1> W_;            // transposed
-  bool packs_pieces_ = false;  // of W, just before they are read: there is one chunk
-  int64_t piece_size_ = 0;     // of a thread's
+  Weights<T, 1> W_;         // transposed
+  bool in_pieces_ = false;  // see is_one_chunk
+  int64_t piece_size_ = 0;
   Matrix<T> dx_, extra_, dh_;  // [rows of a chunk, G·H], [.., H], [.., P]
   T* dinput_ = nullptr;
   WeightGradients<A> sums_{};  // of the present piece

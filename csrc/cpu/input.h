@@ -1,7 +1,7 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
 // reads a chunk while it is still in cache. Training overwrites x with the activated gates, which
 // it keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its
-// chunk. Where one chunk is all, W is packed a few blocks at a time, just before they are read.
+// chunk. In a call of few rows W is packed in pieces (see is_one_chunk).
 #pragma once
 
 #include <type_traits>
@@ -19,25 +19,24 @@ class InputProduct {
   // again; more of them where W does not stay in L2 and they do, or W is larger by far.
   static constexpr int64_t kChunkBytes = 256 << 10, kLeastRows = 48, kLeastRowsFar = 256;
   static constexpr int64_t kFarBytes = 8 << 20;
-  static constexpr int64_t kOneChunkRows = 128;
 
  public:
   InputProduct() = default;
   InputProduct(const ForwardProblem<T>& p, int d, int threads, Carver& carver)
-      : p_(&p), io_(&p.dir[d]), one_chunk_(!few_rows(p.seq) && p.seq.T * p.seq.B <= kOneChunkRows) {
+      : p_(&p),
+        io_(&p.dir[d]),
+        in_pieces_(is_one_chunk(p.seq) && W::blocks(p.H) >= threads),
+        piece_size_(whole_lines<A>(W::piece_size(p.I, p.H))) {
     const int64_t bytes = G * p.H * static_cast<int64_t>(sizeof(A));
     const int64_t W_bytes = G * p.H * p.I * static_cast<int64_t>(sizeof(T));
     const bool far =
         W_bytes > kFarBytes || (W_bytes > l2_bytes() && kLeastRowsFar * bytes <= l2_bytes());
     const int64_t least = far ? kLeastRowsFar : kLeastRows;
-    const int64_t rows = one_chunk_ ? kOneChunkRows : maximum(kChunkBytes / bytes, least);
+    const int64_t rows = is_one_chunk(p.seq) ? kOneChunkRows : maximum(kChunkBytes / bytes, least);
     steps_ = clamp(rows / p.seq.B, 1, p.seq.T);
     w_ = {p.I, p.H};
-    if (one_chunk_) {
-      piece_size_ = whole_lines<A>(W::size(p.I, minimum(p.H, W::NU * W::L)));
-      w_.data = carver.take<A>(threads * piece_size_);
-    } else if (!few_rows(p.seq)) {
-      w_.data = carver.take<A>(W::size(p.I, p.H));
+    if (!few_rows(p.seq)) {
+      w_.data = carver.take<A>(in_pieces_ ? threads * piece_size_ : W::size(p.I, p.H));
     }
     rows_ = p.x_rows;
     if constexpr (std::is_same_v<T, A>) in_place_ = p.training;
@@ -58,9 +57,9 @@ class InputProduct {
     return x_ + (p_->seq.data_row(rows_, t, j) - first_) * ld_;
   }
 
-  // Packs this thread's part of W, if it is read more than once.
+  // Packs this thread's part of W, unless that is done in pieces.
   void prepare(const Place& place) {
-    if (!one_chunk_) pack(w_, part(W::blocks(p_->H), place.index, place.count));
+    if (!in_pieces_) pack(w_, part(W::blocks(p_->H), place.index, place.count));
   }
 
   // Computes this thread's part of steps [begin, end): its units, or its rows if threads outnumber
@@ -87,13 +86,12 @@ class InputProduct {
     };
     const int64_t last = end - 1;
     const int64_t stop = seq.offset ? seq.offset[last] + seq.rows_at(last) : end * seq.B;
-    const int64_t at_once = one_chunk_ || batch_major() ? W::NU : blocks;
+    const int64_t at_once = in_pieces_ || batch_major() ? W::NU : blocks;
     for (int64_t block = mine.begin; block < mine.end; block += at_once) {
       const Range units{block, minimum(block + at_once, mine.end)};
       W w = w_;
-      if (one_chunk_) {
-        w.data += place.index * piece_size_;
-        w.begin = block;
+      if (in_pieces_) {
+        w = w_.piece(w_.data + place.index * piece_size_, block);
         pack(w, units);
       }
       if (!batch_major()) {
@@ -114,10 +112,10 @@ class InputProduct {
 
   const ForwardProblem<T>* p_ = nullptr;
   const ForwardDirection<T>* io_ = nullptr;
-  W w_;
-  bool one_chunk_ = false;
-  int64_t piece_size_ = 0;  // of what a thread packs of W at once, if there is one chunk
-  Rows rows_{};             // of x, as stored
+  bool in_pieces_ = false;  // see is_one_chunk
+  int64_t piece_size_ = 0;
+  W w_;          // its data: all of W, or a piece for each thread
+  Rows rows_{};  // of x, as stored
   A* x_ = nullptr;
   bool in_place_ = false;  // x_ is the problem's x
   int64_t ld_ = 0, first_ = 0, steps_ = 0;

@@ -47,6 +47,13 @@ struct Matrix {
   T* row(int64_t j) const { return data + j * ld; }
 };
 
+// A call of no more rows, all steps together, is one chunk, and so reads its input weights once.
+// Where each thread has blocks of them, it packs them in pieces, just before it multiplies by them.
+constexpr int64_t kOneChunkRows = 128;
+inline bool is_one_chunk(const Sequence& seq) {
+  return !few_rows(seq) && seq.T * seq.B <= kOneChunkRows;
+}
+
 // Where a transposed matrix is packed; null where the products read it as it is.
 template <class T>
 Accumulator<T>* transposed_data(Carver& carver, const Sequence& seq, int64_t operand,

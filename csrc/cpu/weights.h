@@ -18,9 +18,9 @@
 // is summed in chains of kChain fma, k ascending, the first of them from the bias, and the chains
 // are added in order. So a value does not depend on the tile it was computed in, results are the
 // same for every split over threads, and the rounding error grows with kChain and not with K. Where
-// every operand of a call has one row and the weights are small, a product would wait for its few
-// chains, so each is two that take turns at k. Where there is a matrix unit for the type, the tile
-// is its own (cpu/amx.h).
+// all steps of a call have one row and the recurrent weights are small, a product would wait for
+// its few chains, so each is two that take turns at k. Where there is a matrix unit for the type,
+// the tile is its own (cpu/amx.h).
 #pragma once
 
 #include "core/problem.h"
@@ -51,10 +51,10 @@ void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t str
       for (int n = 0; n < NV; ++n) {
         const A* b = bias + n / NG * stride + n % NG * L;
         acc[0][m][n] = k == 0 ? Pack<A>::load(b) : Pack<A>(A(0));
-        for (int part = 1; part < parts; ++part) acc[part][m][n] = Pack<A>(A(0));
+        for (int i = 1; i < parts; ++i) acc[i][m][n] = Pack<A>(A(0));
       }
     }
-    const auto step = [&](int part, auto&& spread) RNNKERN_LAMBDA {
+    const auto step = [&](int i, auto&& spread) RNNKERN_LAMBDA {
       Pack<A> row[NV];
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) row[n] = Pack<A>::load(w + n / NG * stride + n % NG * L);
@@ -62,23 +62,22 @@ void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t str
       for (int m = 0; m < MR; ++m) {
         const Pack<A> b = spread(a + m * lda + k);
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) acc[part][m][n] = F::dot(b, row[n], acc[part][m][n]);
+        for (int n = 0; n < NV; ++n) acc[i][m][n] = F::dot(b, row[n], acc[i][m][n]);
       }
       w += NG * L;
       k += F::depth;
     };
     const auto spread = [](const T* p) RNNKERN_LAMBDA { return F::spread(p); };
     const int64_t first = k, end = minimum(K, k + kChain), whole = end - end % F::depth;
-    if (ahead) {
-      for (; k < whole; ahead += L) {
-        prefetch_far(ahead);
-        step(0, spread);
-      }
-    }
     if constexpr (parts > 1) {
       while (k + parts * F::depth <= whole) {
 #pragma GCC unroll 4
-        for (int part = 0; part < parts; ++part) step(part, spread);
+        for (int i = 0; i < parts; ++i) step(i, spread);
+      }
+    } else if (ahead) {
+      for (; k < whole; ahead += L) {
+        prefetch_far(ahead);
+        step(0, spread);
       }
     }
     while (k < whole) step(0, spread);
@@ -89,7 +88,7 @@ void multiply_tile(const T* a, int64_t lda, const Accumulator<T>* w, int64_t str
       for (int n = 0; n < NV; ++n) {
         A* sum = out + (m * NV + n) * L;
         Pack<A> chain = acc[0][m][n];
-        for (int part = 1; part < parts; ++part) chain = chain + acc[part][m][n];
+        for (int i = 1; i < parts; ++i) chain = chain + acc[i][m][n];
         (first == 0 ? chain : Pack<A>::load(sum) + chain).store(sum);
       }
     }
@@ -119,10 +118,10 @@ struct Weights {
   static constexpr int kCycleFlops =
       TileRegisters<T>::exist ? 2 * kTileRows * kTileFactors : 4 * L * F::depth;
 
-  int64_t K = 0, N = 0;  // operand elements, units
-  A* data = nullptr;     // [blocks][1 + rows of K][NG][L]; null: not packed
-  int64_t begin = 0;     // the block that data begins with
-  bool one_row = false;  // every operand of the call has one row
+  int64_t K = 0, N = 0;     // operand elements, units
+  A* data = nullptr;        // [blocks][1 + rows of K][NG][L]; null: not packed
+  int64_t first_block = 0;  // which data begins with
+  bool one_row = false;     // recurrent weights of a call whose steps have one row
   // Where the weights are not packed: [NG,N,K], or [K,N] for a transposed product; rows ld apart.
   const T* rows = nullptr;
   int64_t ld = 0;
@@ -136,12 +135,22 @@ struct Weights {
   }
   static int64_t block_size(int64_t K) { return (1 + packed_rows(K)) * NG * L; }
   static int64_t size(int64_t K, int64_t N) { return blocks(N) * block_size(K); }
-  A* block(int64_t index) const { return data + (index - begin) * block_size(K); }
+  A* block(int64_t index) const { return data + (index - first_block) * block_size(K); }
 
   // The rows of blocks ahead that a tile asks for.
   static int64_t rows_ahead(int64_t K) {
     if (TileRegisters<T>::exist) return K / kTileFactors * kTileRows * (NU * NG > 2 ? 2 : 1);
     return K / F::depth;
+  }
+
+  // What a thread needs to pack as many blocks as a tile takes.
+  static int64_t piece_size(int64_t K, int64_t N) { return size(K, minimum(N, NU * L)); }
+  // The same weights with a thread's piece of the data, for blocks from this one on.
+  Weights piece(A* at, int64_t block) const {
+    Weights w = *this;
+    w.data = at;
+    w.first_block = block;
+    return w;
   }
 
   // Whether these blocks are so many that it pays to ask for them ahead.
@@ -353,7 +362,8 @@ struct Weights {
                                                                  block_size(K), K, out, ahead);
     };
     if (one_row && NG * K * N * static_cast<int64_t>(sizeof(T)) <= kSmallBytes) {
-      return multiply_tile<T, 1, count, NG, 2>(a, lda, block(first), block_size(K), K, out, ahead);
+      return multiply_tile<T, 1, count, NG, 2>(a, lda, block(first), block_size(K), K, out,
+                                               nullptr);
     }
     switch (m) {
       case 1: return tile(Count<1>{});

@@ -60,15 +60,18 @@ BEST += [(isa, torch.bfloat16) for isa in BFLOAT16_ISAS or ISAS[-1:]]  # or cast
 LARGE = (Case("lstm", T=7, B=70, I=1024, H=640), Case("lstm", T=5, B=70, I=600, H=256))
 
 
-# The most rows of which W is packed in pieces, more pieces than one a thread with a short last one.
+# The most rows of which W is packed in pieces, more pieces than one a thread with a short last one;
+# one row more.
 ONE_CHUNK = (
     Case("lstm", T=128, B=1, I=70, H=100, D=2),
     Case("gru", layout="batch_first", T=42, B=3, I=150, H=100, lengths=True),
     Case("rnn_tanh", layout="packed", T=25, B=5, I=150, H=200),
+    Case("gru", layout="batch_first", T=43, B=3, I=150, H=100),
 )
+TWO_CHAINS = Case("lstm", T=300, B=1, I=20, H=64)  # of each sum, and units split
 
 
-@pytest.mark.parametrize("case", [*cases(), *LARGE, *ONE_CHUNK], ids=str)
+@pytest.mark.parametrize("case", [*cases(), *LARGE, *ONE_CHUNK, TWO_CHAINS], ids=str)
 @pytest.mark.parametrize(("isa", "dtype"), BEST, ids=str)
 def test_chunks(case: Case, isa: str, dtype: torch.dtype) -> None:
     args = build(case, dtype)
@@ -81,7 +84,9 @@ def test_chunks(case: Case, isa: str, dtype: torch.dtype) -> None:
             assert_identical(evaluate(args), found)
 
 
-@pytest.mark.parametrize("case", [*(c for c in cases() if not c.resets), *LARGE], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(c for c in cases() if not c.resets), *LARGE, *ONE_CHUNK], ids=str
+)
 def test_inference_in_chunks_equals_training(case: Case) -> None:
     args = build(case, torch.float32)
     wanted = torch.ops.rnnkern.layer(*args, True)[:3]

@@ -55,6 +55,8 @@ def sized_cases(cell: str) -> list[Case]:
     sizes = SIZES + (LSTM_PROJECTED if cell == "lstm" else ())
     cases = [Case(cell, I=9, **s) for s in sizes]
     cases += [Case(cell, T=9, B=7, I=70, H=192, D=2)]
+    cases += [Case(cell, T=8, B=16, I=40, H=33)]  # W in pieces, and threads that split rows
+    cases += [Case(cell, T=1, B=4, I=192, H=192)]  # nothing packed
     for more in (
         {"layout": "packed_unsorted", "resets": True, "reset_state": True},
         {"layout": "batch_first", "lengths": True, "resets": True, "reset_state": True},
