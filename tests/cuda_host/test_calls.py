@@ -101,10 +101,8 @@ def test_the_stream_is_torch_s_current_one(monkeypatch: pytest.MonkeyPatch) -> N
     cuda.Cuda(native).forward(get_cell("gru"), data, (3,))
     cuda.Cuda(native).backward(get_cell("gru"), data, (3,))
     assert [where[:2] for where in calls] == 4 * [(1, STREAM)]
-    assert [where[2] != 0 for where in calls] == 2 * [
-        False,
-        True,
-    ]  # the size, then with a workspace
+    # Asked for the size first, then called with a workspace.
+    assert [where[2] != 0 for where in calls] == 2 * [False, True]
 
 
 # ---- errors -------------------------------------------------------------------------------------

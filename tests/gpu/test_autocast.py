@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import rnnkern
 import torch
-from gpu.kinks import smooth_module
+from gpu.kinks import smooth_pair
 from pairs import CELLS, LAYERS, NARROW, on_cpu, pair, random_packed, random_state, run, to
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -26,15 +26,6 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 kinds = pytest.mark.parametrize(("name", "extra"), KINDS, ids=str)
 narrow_types = pytest.mark.parametrize("narrow", NARROW, ids=str)
-
-
-def made(name: str, extra: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """Return torch's module and ours; those of relu have no pre-activation near its kink."""
-    theirs, ours = pair(name, 8, 24, **extra)
-    if extra.get("nonlinearity") == "relu":
-        smooth_module(theirs)
-        ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
 
 
 def assert_like_float64(
@@ -76,7 +67,7 @@ def assert_like_float64(
 def test_dense(
     device: str, name: str, extra: dict[str, Any], narrow: torch.dtype, given: bool
 ) -> None:
-    modules = made(name, extra)
+    modules = smooth_pair(name, 8, 24, **extra)
     x = torch.randn((3, 8) if name in CELLS else (6, 3, 8))
     hx = random_state(modules[0], 3) if given else None
     assert_like_float64(modules, device, narrow, x, hx)
@@ -87,7 +78,7 @@ def test_dense(
 def test_packed(device: str, name: str, extra: dict[str, Any], narrow: torch.dtype) -> None:
     if name in CELLS:
         pytest.skip("cells take no packed data")
-    modules = made(name, extra)
+    modules = smooth_pair(name, 8, 24, **extra)
     x = random_packed([3, 6, 1, 6], 8)
     assert_like_float64(modules, device, narrow, x, random_state(modules[0], 4))
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import rnnkern
 import torch
 from gpu.flags import tf32
-from gpu.kinks import smooth_module
+from gpu.kinks import smooth_pair
 from pairs import on_cpu, pair, run
 from parity.test_inputs import KINDS
-from rnnkern import cuda
-from rnnkern._native import cuda_module
 from rnnkern.cuda_precision import uses_tf32
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -23,20 +20,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.usefixtures("kernels"),
 ]
 DEVICE = "cuda"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 kinds = pytest.mark.parametrize(("name", "extra"), KINDS, ids=str)
-plans = pytest.mark.parametrize("plan", cuda.PLANS)
-
-
-@pytest.fixture(autouse=True)
-def _kernels() -> Iterator[None]:
-    if cuda_module() is None:
-        pytest.skip("a build without CUDA kernels")
-    assert cuda.missing(torch.cuda.current_device()) is None
-    yield
-    torch.cuda.synchronize()
+plans = pytest.mark.usefixtures("each_plan")
 
 
 def gradients(module: nn.Module, x: Any, leaf: Tensor) -> list[Tensor]:
@@ -51,10 +40,7 @@ def made(
     name: str, extra: dict[str, Any], dtype: torch.dtype, **options: Any
 ) -> tuple[nn.Module, nn.Module]:
     """Return torch's module and ours; those of relu have no pre-activation near its kink."""
-    theirs, ours = pair(name, 24, 48, **options, **extra)
-    if extra.get("nonlinearity") == "relu":
-        smooth_module(theirs)
-        ours.load_state_dict(theirs.state_dict())
+    theirs, ours = smooth_pair(name, 24, 48, **options, **extra)
     return theirs.to(DEVICE, dtype), ours.to(DEVICE, dtype)
 
 
@@ -85,13 +71,10 @@ def assert_like_cudnn(
 def test_modules_against_cudnn(
     name: str,
     extra: dict[str, Any],
-    plan: str,
     dtype: torch.dtype,
     packed: bool,
     both: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RNNKERN_CUDA_PLAN", plan)
     modules = made(name, extra, dtype, num_layers=2, bidirectional=both, batch_first=True)
     assert_like_cudnn(*modules, dtype, packed)
 
@@ -99,10 +82,7 @@ def test_modules_against_cudnn(
 # ---- TF32 ---------------------------------------------------------------------------------------
 @kinds
 @plans
-def test_tf32_against_cudnn(
-    name: str, extra: dict[str, Any], plan: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RNNKERN_CUDA_PLAN", plan)
+def test_tf32_against_cudnn(name: str, extra: dict[str, Any]) -> None:
     modules = made(name, extra, torch.float32, batch_first=True)
     with tf32(products=True, layers=True):
         assert uses_tf32(30)
@@ -112,11 +92,8 @@ def test_tf32_against_cudnn(
 @kinds
 @plans
 @pytest.mark.parametrize("products", [False, True])
-def test_without_tf32_against_float64(
-    name: str, extra: dict[str, Any], plan: str, products: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_tf32_against_float64(name: str, extra: dict[str, Any], products: bool) -> None:
     """Exact by cuDNN's flag, as torch's layers are, whatever that of the products says."""
-    monkeypatch.setenv("RNNKERN_CUDA_PLAN", plan)
     theirs, ours = made(name, extra, torch.float32)
     x = torch.randn(30, 5, 24)
     wanted = run(copy.deepcopy(theirs).cpu().double(), x.double())

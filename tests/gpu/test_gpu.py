@@ -7,7 +7,7 @@ what the host shim cannot show (streams, graphs, memory, repeated runs) is teste
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from cases import (
     assert_identical,
     assert_matches,
     build,
+    clear_of_kink,
     evaluate,
     expected,
     feature_cases,
@@ -28,19 +29,17 @@ from cases import (
     run_op,
     same_bits,
 )
-from gpu.kinks import smooth_layer
 from pairs import random_packed, run
 from rnnkern import cuda
-from rnnkern._native import cuda_module
 from rnnkern.arguments import LayerInputs
 from rnnkern.cells import CELLS
-from rnnkern.ops import DIFFERENTIABLE
 from tolerances import assert_close
 from torch import Tensor, nn
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.usefixtures("kernels"),
 ]
 # The last two have steps of two stages, which are cooperative launches.
 MODULES: dict[str, Callable[..., nn.Module]] = {
@@ -52,20 +51,6 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
 }
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = [(1, 1), (3, 7), (17, 33), (3, 96), (64, 256)]
-
-
-@pytest.fixture(autouse=True)
-def _kernels() -> Iterator[None]:
-    if cuda_module() is None:
-        pytest.skip("a build without CUDA kernels")
-    assert cuda.missing(torch.cuda.current_device()) is None
-    yield
-    torch.cuda.synchronize()
-
-
-@pytest.fixture(params=cuda.PLANS)
-def each_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RNNKERN_CUDA_PLAN", str(request.param))
 
 
 def on_gpu(args: LayerInputs) -> LayerInputs:
@@ -88,13 +73,8 @@ def test_against_the_reference(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
-    args = build(case, dtype)
-    narrow_relu = case.cell == "rnn_relu" and dtype in (torch.float16, torch.bfloat16)
-    if narrow_relu and case.bias:
-        args = smooth_layer(args)
-    needs = () if narrow_relu and not case.bias else DIFFERENTIABLE
-    found = evaluate(on_gpu(args), needs=needs)
-    assert_matches(on_cpu(found), expected(args, needs=needs), dtype=dtype)
+    args = clear_of_kink(build(case, dtype))
+    assert_matches(on_cpu(evaluate(on_gpu(args))), expected(args), dtype=dtype)
 
 
 @pytest.mark.usefixtures("each_plan")

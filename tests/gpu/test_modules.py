@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import rnnkern
 import torch
-from gpu.kinks import smooth_module
+from gpu.kinks import smooth_pair
 from pairs import (
     CELLS,
     LAYERS,
@@ -193,9 +193,7 @@ def test_narrow_gradients_of_relu(
 ) -> None:
     if name in CELLS and extra:
         pytest.skip("a cell is one layer")
-    made = pair(name, 8, 24, nonlinearity="relu", **extra)
-    smooth_module(made[0])
-    made[1].load_state_dict(made[0].state_dict())
+    made = smooth_pair(name, 8, 24, nonlinearity="relu", **extra)
     for module in made:
         module.to(dtype)
     x = torch.randn((3, 8) if name in CELLS else (6, 3, 8)).to(dtype)
