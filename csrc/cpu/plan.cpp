@@ -26,7 +26,7 @@ constexpr double kPointwise = 4e-3;         // µs for a vector of outputs: load
 constexpr double kL1 = 32e3, kL3 = 24e6;    // bytes of weights each level holds
 constexpr double kL1Rate = 300e3, kL2Rate = 100e3, kL3Rate = 50e3;  // bytes per µs and core
 constexpr double kMemoryRate = 10e3;
-constexpr double kUnpackedRate = 100e3;  // at most: sums across lanes
+constexpr double kUnpackedRate = 60e3;  // at most: sums across lanes
 
 double weight_rate(double bytes, bool packed) {
   if (!packed) return std::min(kUnpackedRate, weight_rate(bytes, true));
