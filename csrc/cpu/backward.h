@@ -46,7 +46,7 @@ class BackwardLoop {
       }
       if (projects_) s.dh_projected = Matrix<T>::carve(carver, B, p_.P);
     }
-    thread_elements_ = Gradients<Cell, T>::scratch_elements(p_);
+    thread_elements_ = dir_[0].gradients.scratch_elements();
     threads_scratch_ = carver.take<A>(threads * thread_elements_);
     scratch_bytes_ = carver.used;
   }

@@ -38,9 +38,7 @@ class Gradients {
     if (p.dinput) {
       W_ = {G * p.H, p.I};
       in_pieces_ = is_one_chunk(p.seq) && W_.blocks(p.I) >= threads;
-      piece_size_ = whole_lines<A>(W_.piece_size(G * p.H, p.I));
-      W_.data = in_pieces_ ? carver.take<A>(threads * piece_size_)
-                           : transposed_data<T>(carver, p.seq, G * p.H, p.I);
+      if (!in_pieces_) W_.data = transposed_data<T>(carver, p.seq, G * p.H, p.I);
       dinput_ = d == 0 ? p.dinput : carver.take<T>(p.seq.data_rows() * p.I);
     }
     sums_ = io_->sums;
@@ -49,12 +47,13 @@ class Gradients {
     }
   }
 
-  // Each thread's scratch for the sums.
-  static int64_t scratch_elements(const CpuBackwardProblem<T>& p) {
-    const bool extra = Cell::extra == Extra::operand || p.dir[0].W_hr;
+  // Each thread's scratch: for a piece of W, and after it for the sums.
+  int64_t scratch_elements() const {
+    const bool extra = Cell::extra == Extra::operand || io_->W_hr;
     const auto panels = [](int64_t I) { return Outer<T>::panels(I); };
-    return whole_lines<A>(
-        Outer<T>::scratch_elements(panels(p.I) + panels(p.P) + (extra ? panels(p.H) : 0)));
+    const int64_t sums = Outer<T>::scratch_elements(
+        steps_ * p_->seq.B, panels(p_->I) + panels(p_->P) + (extra ? panels(p_->H) : 0));
+    return whole_lines<A>(maximum(sums, in_pieces_ ? W_.piece_size(G * p_->H, p_->I) : 0));
   }
 
   int64_t steps() const { return steps_; }  // of a chunk
@@ -103,7 +102,7 @@ class Gradients {
 
   // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
   void close(int64_t index, const Place& place, A* scratch) {
-    if (p_->dinput) multiply(place);
+    if (p_->dinput) multiply(place, scratch);
     const int64_t H = p_->H, gates = G * H;
     const WeightGradients<A>& s = sums_;
     OuterProblem<T, A> sums{count_,
@@ -162,7 +161,7 @@ class Gradients {
     return p_->seq.data_row(local_, t, j) - first_;
   }
 
-  void multiply(const Place& place) {
+  void multiply(const Place& place, A* scratch) {
     const int64_t blocks = W_.blocks(p_->I);
     const bool split_rows = !in_pieces_ && (count_ >= 8 * place.count || blocks < place.count);
     const Range all{0, blocks};
@@ -173,7 +172,7 @@ class Gradients {
       const Range units{block, minimum(block + at_once, mine.end)};
       Weights<T, 1> w = W_;
       if (in_pieces_) {
-        w = W_.piece(W_.data + place.index * piece_size_, block);
+        w = W_.piece(scratch, block);
         w.set_columns(io_->W, p_->I, units);
       }
       run_product(
@@ -201,9 +200,8 @@ class Gradients {
 
   const CpuBackwardProblem<T>* p_ = nullptr;
   const BackwardDirection<T, A>* io_ = nullptr;
-  Weights<T, 1> W_;         // transposed
-  bool in_pieces_ = false;  // see is_one_chunk
-  int64_t piece_size_ = 0;
+  Weights<T, 1> W_;            // transposed
+  bool in_pieces_ = false;     // see is_one_chunk
   Matrix<T> dx_, extra_, dh_;  // [rows of a chunk, G·H], [.., H], [.., P]
   T* dinput_ = nullptr;
   WeightGradients<A> sums_{};  // of the present piece

@@ -4,11 +4,11 @@
 //
 // The factors already have the outputs side by side in their rows, so nothing is transposed: b is
 // packed into panels of NV registers, a into tiles of MR columns, and every MR × NV tile of an
-// output adds its sum over the rows to memory. The packed tile of a stays in L1, the panels of b in
-// L2. Sums run over the rows in order, so that the result does not depend on how threads split the
-// outputs. Rows are taken kRows at a time, so that rounding errors do not grow with all of them (a
-// matrix unit adds 32 rows at a time to the sum in memory). All products of a call share their
-// packed panels.
+// output adds its sum over the rows to memory. A few tiles of a and one panel of b are in L1 at a
+// time, the other panels in L2. Sums run over the rows in order, so that the result does not depend
+// on how threads split the outputs. Rows are taken kRows at a time, so that rounding errors do not
+// grow with all of them (a matrix unit adds 32 rows at a time to the sum in memory). All products
+// of a call share their packed panels.
 #pragma once
 
 #include "core/problem.h"
@@ -27,15 +27,19 @@ class Outer {
   static constexpr int L = Pack<A>::lanes;
   static constexpr int NV = 2;
   static constexpr int MR = TileRegisters<T>::exist ? 2 * kTileRows : kRegisters * 3 / 4 / NV;
-  static constexpr int64_t kRows = 256, kPackedRows = kRows / F::depth;
+  static constexpr int64_t kRows = 256;
+  static constexpr int64_t kTiles = TileRegisters<T>::exist ? 1 : 4;  // of a, for a panel of b
+  // What is written for a row of a tile; of it the next row overwrites what is beyond MR.
+  static constexpr int kWritten = (MR + L - 1) / L * L;
 
  public:
   static int64_t panels(int64_t I) { return (I + NV * L - 1) / (NV * L); }
 
-  // A thread's scratch for factors with that many panels: all of them, one tile of a, and whether
-  // each panel has been packed.
-  static int64_t scratch_elements(int64_t panels) {
-    return kPackedRows * (panels * NV * L + MR) + panels;
+  // A thread's scratch for that many rows, of factors with that many panels: all of them, a few
+  // tiles of a, and whether each panel has been packed.
+  static int64_t scratch_elements(int64_t rows, int64_t panels) {
+    const int64_t packed = packed_rows(minimum(kRows, rows));
+    return kTiles * tile_size(packed) + panels * (packed * NV * L + 1);
   }
 
   // The part of thread `rank` of `size`, with scratch of its own: of all tiles of all outputs, in
@@ -44,28 +48,33 @@ class Outer {
     int64_t all = 0;
     for (const Part& part : p.part) all += tiles(part) * panels(p, part);
     const Range mine = rnnkern::part(all, rank, size);
+    const int64_t packed = packed_rows(minimum(kRows, p.N)), panel_size = packed * NV * L;
     A* packed_a = scratch;
-    A* packed_b = packed_a + kPackedRows * MR;
+    A* packed_b = packed_a + kTiles * tile_size(packed);
     int64_t panels_of_all = 0;
     for (const Factor& factor : p.b) panels_of_all += panels(factor.I);
-    A* is_packed = packed_b + panels_of_all * kPackedRows * NV * L;
+    A* is_packed = packed_b + panels_of_all * panel_size;
     for (int64_t n = 0; n < p.N; n += kRows) {
       const Block block{n, minimum(kRows, p.N - n), p.adds || n > 0};
       std::memset(is_packed, 0, static_cast<size_t>(panels_of_all) * sizeof(A));
       int64_t begin = 0;  // of the part's tiles
       for (const Part& part : p.part) {
         add_sums(part, block, rank, size);
+        // Tiles are taken kTiles at a time: for each panel, each of them.
         const int64_t width = panels(p, part), end = begin + tiles(part) * width;
         const int64_t last = minimum(end, mine.end);
         for (int64_t i = maximum(begin, mine.begin); i < last;) {
-          const int64_t tile = (i - begin) / width;
-          pack_tile(part, block, tile, packed_a);
-          for (const int64_t stop = minimum(last, begin + (tile + 1) * width); i < stop; ++i) {
-            const Panel panel = find_panel(p, part, (i - begin) % width);
-            A* b = packed_b + panel.slot * kPackedRows * NV * L;
+          const int64_t first = (i - begin) / (kTiles * width) * kTiles;
+          const int64_t count = minimum(kTiles, tiles(part) - first), start = begin + first * width;
+          pack_tiles(part, block, first, count, packed_a);
+          for (const int64_t stop = minimum(last, start + count * width); i < stop; ++i) {
+            const Panel panel = find_panel(p, part, (i - start) / count);
+            A* b = packed_b + panel.slot * panel_size;
             if (is_packed[panel.slot] == A(0)) pack_panel(panel, block, b);
             is_packed[panel.slot] = A(1);
-            add_tile(part, block, panel, packed_a, b, tile);
+            const int64_t tile = (i - start) % count;
+            const A* a = packed_a + tile * tile_size(packed_rows(block.rows));
+            add_tile(part, block, panel, a, b, first + tile);
           }
         }
         begin = end;
@@ -84,13 +93,15 @@ class Outer {
   struct Block {
     int64_t first, rows;
     bool adds;  // to what the blocks before gave
-
-    // Of packed data; there are zeros up to what a product takes at once.
-    int64_t packed_rows() const {
-      if (TileRegisters<T>::exist) return (rows + kTileFactors - 1) / kTileFactors * kTileRows;
-      return (rows + F::depth - 1) / F::depth;
-    }
   };
+
+  // What rows become when packed; there are zeros up to what a product takes at once.
+  static int64_t packed_rows(int64_t rows) {
+    if (TileRegisters<T>::exist) return (rows + kTileFactors - 1) / kTileFactors * kTileRows;
+    return (rows + F::depth - 1) / F::depth;
+  }
+
+  static int64_t tile_size(int64_t packed_rows) { return packed_rows * MR + kWritten - MR; }
 
   static int64_t tiles(const Part& part) { return (part.O + MR - 1) / MR; }
 
@@ -129,7 +140,7 @@ class Outer {
       }
       return here;
     };
-    const A* const end = out + block.packed_rows() * NV * L;
+    const A* const end = out + packed_rows(block.rows) * NV * L;
     for (int64_t n = 0; n < block.rows; n += F::depth, out += NV * L) {
       const T* first = next();
       const T* second = F::depth > 1 && n + 1 < block.rows ? next() : nullptr;
@@ -143,26 +154,34 @@ class Outer {
     for (; out < end; out += L) Pack<A>(A(0)).store(out);
   }
 
-  static void pack_tile(const Part& part, const Block& block, int64_t tile, A* out) {
-    const T* in = part.a + block.first * part.lda + tile * MR;
-    const int columns = static_cast<int>(minimum(MR, part.O - tile * MR));
+  static void pack_tiles(const Part& part, const Block& block, int64_t first, int64_t count,
+                         A* out) {
+    const T* in = part.a + block.first * part.lda + first * MR;
+    const int64_t columns = minimum(count * MR, part.O - first * MR);
     if constexpr (TileRegisters<T>::exist) {
-      pack_turned(in, part.lda, block.rows, columns, out);
+      pack_turned(in, part.lda, block.rows, static_cast<int>(columns), out);
     } else {
-      pack_rows(in, part.lda, block.rows, columns, out);
+      pack_rows(in, part.lda, block.rows, columns, out, tile_size(packed_rows(block.rows)));
     }
   }
 
-  static void pack_rows(const T* in, int64_t ld, int64_t rows, int columns, A* out) {
-    for (int64_t n = 0; n < rows; n += F::depth, in += F::depth * ld, out += MR) {
-      if constexpr (F::depth > 1) {
-        store(out, F::join(in, n + 1 < rows ? in + ld : nullptr, columns), MR);
-      } else if (columns == MR) {
-        std::memcpy(out, in, MR * sizeof(T));
-      } else {
-        for (int m = 0; m < MR; ++m) out[m] = m < columns ? in[m] : T(0);
+  static void pack_rows(const T* in, int64_t ld, int64_t rows, int64_t columns, A* out,
+                        int64_t tile) {
+    const auto pack = [&](int64_t columns) RNNKERN_LAMBDA {
+      for (int64_t n = 0; n < rows; n += F::depth, in += F::depth * ld, out += MR) {
+        const T* next = F::depth > 1 && n + 1 < rows ? in + ld : nullptr;
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < columns; c += MR) {
+          for (int l = 0; l < kWritten; l += L) {
+            const int lanes = static_cast<int>(clamp(columns - c - l, 0, L));
+            const T* second = next ? next + c + l : nullptr;
+            F::join(in + c + l, second, lanes).store(out + c / MR * tile + l);
+          }
+        }
       }
-    }
+    };
+    if (columns == kTiles * MR) return pack(kTiles * MR);  // apart, without the checks
+    pack(columns);
   }
 
   // For the matrix unit, 32 rows of a after the other: for each column their factors side by side.
@@ -193,27 +212,38 @@ class Outer {
     const Range mine = rnnkern::part((part.O + kColumns - 1) / kColumns, rank, size);
     for (int64_t o = mine.begin * kColumns; o < minimum(part.O, mine.end * kColumns);
          o += kColumns) {
-      const T* a = part.a + block.first * part.lda + o;
-      Pack<A> total[kColumns / L];
-      for (Pack<A>& t : total) t = Pack<A>(A(0));
-      for (int64_t n = 0; n < block.rows; n += F::depth, a += F::depth * part.lda) {
-        const T* next = n + 1 < block.rows ? a + part.lda : nullptr;
+      if (part.O - o >= kColumns) {  // apart, without the checks
+        add_sums_of(part, block, o, kColumns);
+      } else {
+        add_sums_of(part, block, o, part.O - o);
+      }
+    }
+  }
+
+  RNNKERN_INLINE static void add_sums_of(const Part& part, const Block& block, int64_t o,
+                                         int64_t columns) {
+    const auto each = [&](auto&& visit) RNNKERN_LAMBDA {
 #pragma GCC unroll 4
-        for (int v = 0; v < kColumns / L; ++v) {
-          const int lanes = static_cast<int>(minimum(part.O - o - v * L, L));
-          if (lanes <= 0) break;
-          const Pack<A> both = F::join(a + v * L, next ? next + v * L : nullptr, lanes);
-          total[v] = F::dot(both, F::ones(), total[v]);
-        }
+      for (int v = 0; v < 4; ++v) {
+        if (v * L < columns) visit(v, static_cast<int>(minimum(columns - v * L, L)));
       }
-      for (A* sum : part.sum) {
-        for (int v = 0; sum && v < kColumns / L; ++v) {
-          const int lanes = static_cast<int>(minimum(part.O - o - v * L, L));
-          if (lanes <= 0) break;
-          A* at = sum + o + v * L;
-          store(at, block.adds ? load(at, lanes) + total[v] : total[v], lanes);
-        }
-      }
+    };
+    const T* a = part.a + block.first * part.lda + o;
+    Pack<A> total[4];
+    for (Pack<A>& t : total) t = Pack<A>(A(0));
+    for (int64_t n = 0; n < block.rows; n += F::depth, a += F::depth * part.lda) {
+      const T* next = F::depth > 1 && n + 1 < block.rows ? a + part.lda : nullptr;
+      each([&](int v, int lanes) RNNKERN_LAMBDA {
+        const Pack<A> both = F::join(a + v * L, next ? next + v * L : nullptr, lanes);
+        total[v] = F::dot(both, F::ones(), total[v]);
+      });
+    }
+    for (A* sum : part.sum) {
+      if (!sum) continue;
+      each([&](int v, int lanes) RNNKERN_LAMBDA {
+        A* at = sum + o + v * L;
+        store(at, block.adds ? load(at, lanes) + total[v] : total[v], lanes);
+      });
     }
   }
 
@@ -249,7 +279,7 @@ class Outer {
         Sums::clear();
       }
       Sums::add(reinterpret_cast<const T*>(a), kTileFactors, MR * kTileFactors, {b, b + L}, NV * L,
-                block.packed_rows() / kTileRows);
+                packed_rows(block.rows) / kTileRows);
       Sums::store({out, out + L}, ld);
     } else {
       multiply_by_registers(block, a, b, out, ld, adds);
