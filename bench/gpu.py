@@ -1,6 +1,7 @@
 """Time rnnkern's modules against torch.nn's (cuDNN) on one GPU, side by side.
 
-    python bench/gpu.py [--quick] [--cell lstm] [--dtype bf16] [--plan persistent] [--json FILE]
+    python bench/gpu.py [--quick] [--cell lstm] [--dtype bf16] [--form packed] [--plan persistent]
+                        [--json FILE]
 
 The two take turns in one process. A turn is timed by CUDA events around as many calls as take some
 milliseconds. Before anything is timed, the outputs of the two are compared, and their gradients
@@ -37,10 +38,19 @@ DTYPES = {
     "fp16": torch.float16,
     "tf32": torch.float32,
     "fp32": torch.float32,
+    "default": torch.float32,
+}
+# Whether (cuDNN, torch's products) multiply float32 in TF32; "default" is as torch starts.
+TF32 = {"tf32": (True, True), "default": (True, False)}
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layers": {"layers": 2},
+    "bidirectional": {"bidirectional": True},
+    "packed": {"packed": True},
 }
 Call: TypeAlias = Callable[[], tuple[torch.Tensor, ...]]
 # Of the largest entry that torch has, and at least of 1.
-TOLERANCE = {"bf16": 5e-2, "fp16": 1e-2, "tf32": 1e-2, "fp32": 1e-3}
+TOLERANCE = {"bf16": 5e-2, "fp16": 1e-2, "tf32": 1e-2, "default": 1e-2, "fp32": 1e-3}
 # Modelled µs a step of LSTM's recurrence alone, forward and backward, on an H100-class chip
 # (docs/cuda.md).
 FLOORS = {
@@ -105,17 +115,15 @@ class Case:
         return f"{self.cell} {self.dtype} H={self.H} B={self.B} T={self.T}{more}"
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """Yield the grid, and the forms at a few sizes each."""
+def cases(quick: bool) -> Iterator[tuple[str, Case]]:
+    """Yield the cases with the names of their forms, the plain ones first."""
     sizes = (256, 768) if quick else (128, 256, 512, 768, 1024, 2048)
     batches, steps = ((1, 64), (64,)) if quick else ((1, 16, 64, 256), (64, 1024))
-    for cell, dtype in itertools.product(CELLS, DTYPES):
-        for H, B, T in itertools.product(sizes, batches, steps):
-            yield Case(cell, dtype, H, B, T)
-        for form in ({"layers": 2}, {"bidirectional": True}, {"packed": True}):
-            for H, B in ((512, 64),) if quick else ((256, 16), (512, 64), (1024, 256)):
-                for T in steps:
-                    yield Case(cell, dtype, H, B, T, **form)  # type: ignore[arg-type]
+    for form, more in FORMS.items():
+        if quick and form != "plain":
+            sizes, batches = (512,), (64,)
+        for values in itertools.product(CELLS, DTYPES, sizes, batches, steps):
+            yield form, Case(*values, **more)
 
 
 def modules(case: Case) -> tuple[nn.Module, nn.Module]:
@@ -187,7 +195,9 @@ def data_of(case: Case) -> tuple[Any, torch.Tensor]:
     )
     if not case.packed:
         return leaf, leaf
-    lengths = torch.randint(1, case.T + 1, (case.B,))
+    seeded = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, case.T + 1, (case.B,), generator=seeded)
+    lengths[0] = case.T
     packed = pack_padded_sequence(leaf.detach(), lengths, enforce_sorted=False)
     leaf = packed.data.requires_grad_()
     return packed._replace(data=leaf), leaf
@@ -221,8 +231,9 @@ def timed(calls: dict[str, Call], rounds: int) -> list[list[float]]:
 
 def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     """Return one row for inference and one for training."""
-    tf32 = case.dtype == "tf32"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    layers, products = TF32.get(case.dtype, (False, False))
+    torch.backends.cudnn.allow_tf32 = layers
+    torch.backends.cuda.matmul.allow_tf32 = products
     theirs, ours = modules(case)
     data, leaf = data_of(case)
     rows: list[dict[str, Any]] = []
@@ -342,6 +353,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cell", action="append", choices=CELLS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--form", action="append", choices=FORMS)
     parser.add_argument(
         "--plan", choices=cuda.PLANS, help="default: RNNKERN_CUDA_PLAN, or the first"
     )
@@ -368,10 +380,10 @@ def main() -> int:
         rows = kept["rows"]
     known = {tuple(row[name] for name in Case.__dataclass_fields__) for row in rows}
     chosen = [
-        c
-        for c in cases(options.quick)
-        if c.cell in (options.cell or CELLS) and c.dtype in (options.dtype or DTYPES)
-        if astuple(c) not in known
+        case
+        for form, case in cases(options.quick)
+        if form in (options.form or FORMS) and case.cell in (options.cell or CELLS)
+        if case.dtype in (options.dtype or DTYPES) and astuple(case) not in known
     ]
     print(", ".join(f"{k} {v}" for k, v in where.items()))
     print(*(f"{name}: {meaning}" for name, meaning in LEGEND.items()), sep="\n")

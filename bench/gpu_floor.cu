@@ -240,7 +240,9 @@ int main(int count, char** arguments) {
   check(cudaGetDeviceProperties(&device, 0), "device");
   const int blocks = device.multiProcessorCount;
   void* memory;
-  const size_t words = size_t{2} * blocks * kThreads, buffer = 16 << 20;
+  const size_t words = size_t{2} * blocks * kThreads;
+  size_t buffer = 16 << 20;  // a power of two that L2 holds with room to spare
+  while (2 * buffer > static_cast<size_t>(device.l2CacheSize) && buffer > (1 << 20)) buffer /= 2;
   check(cudaMalloc(&memory, std::max(words * sizeof(uint64_t), buffer)), "memory");
   int cuda = 0, runtime = 0;
   check(cudaDriverGetVersion(&cuda), "driver");

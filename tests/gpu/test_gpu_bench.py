@@ -6,6 +6,7 @@ Its cases are measured here on the CPU, with clocks that count calls in the plac
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -20,6 +21,14 @@ from gpu.flags import tf32
 from torch import Tensor, nn
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
+TYPES = ("bf16", "fp16", "tf32", "fp32", "default")
+FORMS = {
+    "plain": (1, False, False),
+    "layers": (2, False, False),
+    "bidirectional": (1, True, False),
+    "packed": (1, False, True),
+}
+ONE_PACKED = ("packed", "gru", "fp32")
 TIMES = {"cudnn_us_a_step": 2.0, "rnnkern_us_a_step": 1.0, "ratio": 2.0}
 GOOD = {"mode": "inference", **TIMES, "recurrence_floor_by_call": None, "same_numbers": True}
 Patch = pytest.MonkeyPatch
@@ -71,6 +80,47 @@ def lines(capsys: Capture, cell: str) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {cell} ")]
 
 
+# ---- the cases ---------------------------------------------------------------------------------
+def test_the_cases_are_every_form_type_and_size(bench: ModuleType) -> None:
+    found = list(bench.cases(False))
+    sizes = ({128, 256, 512, 768, 1024, 2048}, {1, 16, 64, 256}, {64, 1024})
+    wanted = set(itertools.product(FORMS, ("lstm", "gru", "rnn"), TYPES, *sizes))
+    assert {(form, c.cell, c.dtype, c.H, c.B, c.T) for form, c in found} == wanted
+    assert len(found) == len(set(found)) == len(wanted)
+    for form, case in found:
+        assert (case.layers, case.bidirectional, case.packed) == FORMS[form]
+    assert [form for form, _ in found[: len(found) // 4]] == ["plain"] * (len(found) // 4)
+
+
+def test_packed_data_has_the_same_lengths_each_time_and_one_of_all_steps(
+    measured: ModuleType,
+) -> None:
+    (case,) = (c for form, c in measured.cases(True) if (form, c.cell, c.dtype) == ONE_PACKED)
+    sizes = [measured.data_of(case)[0].batch_sizes for _ in range(2)]
+    assert len(sizes[0]) == case.T
+    assert torch.equal(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [("tf32", (True, True)), ("fp32", (False, False)), ("default", (True, False))],
+)
+def test_flags_of_a_type(
+    measured: ModuleType, monkeypatch: Patch, dtype: str, flags: tuple[bool, bool]
+) -> None:
+    found = []
+
+    def modules(case: Any) -> None:
+        found.append(
+            (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+        )
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(measured, "modules", modules)
+    measured.rows_of(measured.Case("gru", dtype, 3, 2, 5), 1)
+    assert found == [flags]
+
+
 # ---- a case that fails --------------------------------------------------------------------------
 @pytest.mark.parametrize("contender", ["torch.nn", "rnnkern"])
 @pytest.mark.parametrize("memory", [True, False], ids=["memory", "other"])
@@ -118,7 +168,7 @@ def test_an_error_of_what_both_share_is_a_row_too(bench: ModuleType, monkeypatch
         raise RuntimeError("no room for the input")
 
     monkeypatch.setattr(bench, "measure", measure)
-    (row,) = bench.rows_of(next(bench.cases(True)), 1)
+    (row,) = bench.rows_of(next(bench.cases(True))[1], 1)
     assert (row["failed"], row["error"]) == ("the case", "no room for the input")
 
 
@@ -252,7 +302,7 @@ def test_the_legend_is_printed_and_written(
 
 
 def test_a_line_of_the_table(bench: ModuleType) -> None:
-    case = next(bench.cases(True))
+    _, case = next(bench.cases(True))
     row = bench.asdict(case) | GOOD | {"recurrence_floor_by_call": 0.5, "same_numbers": False}
     wanted = "| inference | 2.00 | 1.00 | 2.00 **results differ** | 0.50 |"
     assert bench.as_line(case, row).endswith(wanted)
