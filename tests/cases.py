@@ -91,9 +91,12 @@ def feature_cases(**sizes: int) -> list[Case]:
 
 # ---- building -----------------------------------------------------------------------------------
 def random_lengths(T: int, B: int) -> Tensor:
-    """Return [B] lengths in [0, T], a full and, where there is room, an empty row among them."""
-    lengths = torch.randint(0, T + 1, (B,))
-    lengths[torch.randint(B, ())] = T
+    """Return [B] lengths in [0, T], a full and, where there is room, an empty row among them.
+
+    They are on the host, as torch has them.
+    """
+    lengths = torch.randint(0, T + 1, (B,), device="cpu")
+    lengths[torch.randint(B, (), device="cpu")] = T
     if B > 1:
         lengths[(int(lengths.argmax()) + 1) % B] = 0
     return lengths
@@ -108,7 +111,10 @@ def random_resets(T: int, B: int) -> Tensor:
 
 
 def build(case: Case, dtype: torch.dtype = torch.float64) -> LayerInputs:
-    """Draw the arguments from torch's generator; every number is exact in float32."""
+    """Draw the arguments from torch's generator; every number is exact in float32.
+
+    They are on torch's default device, but what counts rows and steps is on the host.
+    """
     c, info = case, CELLS[case.cell]
     P = c.P or c.H
 
@@ -132,7 +138,7 @@ def build(case: Case, dtype: torch.dtype = torch.float64) -> LayerInputs:
         if c.layout == "packed_unsorted":
             order = own.argsort(descending=True, stable=True)
         own = own.sort(descending=True).values
-        batch_sizes = (torch.arange(c.T).unsqueeze(1) < own).sum(1)
+        batch_sizes = (torch.arange(c.T, device="cpu").unsqueeze(1) < own).sum(1)
         rows = int(own.sum())
     elif c.lengths:
         lengths = random_lengths(c.T, c.B)
@@ -227,8 +233,8 @@ def run_op(args: LayerInputs, save: bool = True) -> tuple[Tensor, ...]:
 
 def cotangents(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Return fixed random output gradients, the same for equal shapes and exact in bfloat16."""
-    generator = torch.Generator().manual_seed(7)
-    drawn = [torch.randn(t.shape, generator=generator).bfloat16() for t in outputs]
+    generator = torch.Generator("cpu").manual_seed(7)
+    drawn = [torch.randn(t.shape, generator=generator, device="cpu").bfloat16() for t in outputs]
     return [d.to(t.device, t.dtype) for d, t in zip(drawn, outputs, strict=True)]
 
 

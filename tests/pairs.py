@@ -56,7 +56,8 @@ def random_packed(
     """Pack sequences of these lengths, in this order; sorted_indices only when not sorted."""
     padded = torch.randn(max(lengths), len(lengths), features).to(dtype)
     in_order = list(lengths) == sorted(lengths, reverse=True)
-    return pack_padded_sequence(padded, torch.tensor(lengths), enforce_sorted=in_order)
+    on_host = torch.tensor(lengths, device="cpu")  # where torch wants lengths
+    return pack_padded_sequence(padded, on_host, enforce_sorted=in_order)
 
 
 # ---- running ------------------------------------------------------------------------------------
@@ -86,11 +87,12 @@ def outputs_of(module: nn.Module, result: Any) -> dict[str, Tensor]:
 
 def weighted_sum(tensors: Sequence[Tensor]) -> Tensor:
     """Return a loss whose gradient differs in every entry, and the same for equal shapes."""
-    generator = torch.Generator().manual_seed(20)
-    total = torch.zeros((), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(20)
+    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
     for tensor in tensors:
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        weight = torch.randn(real.shape, generator=generator).to(real.device, real.dtype)
+        drawn = torch.randn(real.shape, generator=generator, device="cpu")
+        weight = drawn.to(real.device, real.dtype)
         total = total + (real * weight).sum().double()
     return total
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu.flags import tf32
+from gpu.flags import exact
 from rnnkern import cuda
 from rnnkern._native import cuda_module
 
@@ -39,7 +39,5 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         return
     request.getfixturevalue("kernels")
     monkeypatch.setenv("RNNKERN_CUDA_PLAN", plan)
-    monkeypatch.setattr(cuda, "uses_tf32", lambda T: False)
-    with tf32(products=False):
+    with exact():
         yield name
-        torch.cuda.synchronize()

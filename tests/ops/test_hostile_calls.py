@@ -13,6 +13,7 @@ from cases import Case, build, cast, cotangents, run_op, run_python
 from rnnkern.ops import DIFFERENTIABLE, LayerInputs
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("every_device")
 T, B, H = 6, 4, 5
 CLEAR = ("ValueError", "RuntimeError", "TypeError", "MemoryError", "NotImplementedError")
 Change = Callable[[LayerInputs], LayerInputs]
@@ -28,8 +29,9 @@ def setting(**changes: Any) -> Change:
     return change
 
 
-def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def zeros(*shape: int) -> Callable[[Any], Tensor]:
+    """Return what puts zeros in an argument's place, on the device that is the default then."""
+    return lambda _: torch.zeros(shape, dtype=torch.float64)
 
 
 PADDED = Case("lstm", T=T, B=B, H=40, D=2, resets=True, reset_state=True)
@@ -168,15 +170,18 @@ CALLS = {f"forward:{name}": functools.partial(forward_call, name) for name in HO
 CALLS |= {f"backward:{name}": functools.partial(backward_call, name) for name in HOSTILE_BACKWARD}
 
 
-def report_calls(first: int) -> None:
-    """Make every call from the first-th on and print what came of each."""
+def report_calls(first: int, device: str) -> None:
+    """Make every call from the first-th on, on the device, and print what came of each."""
     for index, (name, call) in enumerate(CALLS.items()):
         if index < first:
             continue
         torch.manual_seed(0)
         print(f"\n{name}\t", end="", flush=True)
         try:
-            call()
+            with torch.device(device):
+                call()
+            if device == "cuda":
+                torch.cuda.synchronize()  # what a kernel did wrong is this call's error
             print("returned", flush=True)
         except Exception as error:  # what it is matters to the test that reads this
             text = f"{type(error).__name__}\t{error}"
@@ -184,15 +189,17 @@ def report_calls(first: int) -> None:
 
 
 @functools.cache
-def outcomes() -> dict[str, str]:
+def outcomes(device: str) -> dict[str, str]:
     """Make all CALLS in another process, and in a new one from the next call on when it dies."""
     found: dict[str, str] = {}
     while len(found) < len(CALLS):
         done = run_python(
             "import sys; sys.path.insert(0, sys.argv[1])\n"
-            "import test_hostile_calls; test_hostile_calls.report_calls(int(sys.argv[2]))",
+            "from test_hostile_calls import report_calls\n"
+            "report_calls(int(sys.argv[2]), sys.argv[3])",
             str(Path(__file__).parent),
             str(len(found)),
+            device,
         )
         lines = [line for line in done.stdout.splitlines() if "\t" in line]
         assert lines, done.stderr
@@ -206,7 +213,7 @@ def outcomes() -> dict[str, str]:
 def test_operators(name: str) -> None:
     pass_, _, key = name.partition(":")
     table: dict[str, Any] = HOSTILE_FORWARD if pass_ == "forward" else HOSTILE_BACKWARD
-    kind, _, message = outcomes()[name].partition("\t")
+    kind, _, message = outcomes(torch.get_default_device().type)[name].partition("\t")
     assert kind in CLEAR, (kind, message)
     names = table[key][1].split("|")
     assert any(word in message for word in names), message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +25,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+pytestmark = pytest.mark.usefixtures("every_device")
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("LSTMCell", {}),
     ("GRUCell", {}),
@@ -181,7 +183,7 @@ def test_sizes_of_zero(name: str, features: int, hidden: int) -> None:
 
 @cells
 def test_skip_init(name: str) -> None:
-    made = skip_init(getattr(rnnkern, name), 5, 7)
+    made = skip_init(getattr(rnnkern, name), 5, 7, device=torch.get_default_device())
     theirs = getattr(nn, name)(5, 7)
     made.load_state_dict(theirs.state_dict())
     assert_parity((theirs, made), torch.randn(3, 5))
@@ -239,21 +241,21 @@ def test_bad_shape_of_one_lstm_state(h: tuple[int, ...], c: tuple[int, ...]) -> 
     assert_same_error(ours, theirs)
 
 
-FORMS: dict[str, Any] = {
-    "a tensor": torch.zeros(2, 4),
-    "a stacked tensor": torch.zeros(2, 2, 4),
-    "one state": (torch.zeros(2, 4),),
-    "two states": (torch.zeros(2, 4), torch.zeros(2, 4)),
-    "three states": (torch.zeros(2, 4),) * 3,
-    "an empty tuple": (),
-    "a number": 0,
+FORMS: dict[str, Callable[[], Any]] = {
+    "a tensor": lambda: torch.zeros(2, 4),
+    "a stacked tensor": lambda: torch.zeros(2, 2, 4),
+    "one state": lambda: (torch.zeros(2, 4),),
+    "two states": lambda: (torch.zeros(2, 4), torch.zeros(2, 4)),
+    "three states": lambda: (torch.zeros(2, 4),) * 3,
+    "an empty tuple": lambda: (),
+    "a number": lambda: 0,
 }
 
 
 @cells
 @pytest.mark.parametrize("form", FORMS)
 def test_state_of_another_form(name: str, form: str) -> None:
-    theirs, ours = outcomes(pair(name, 3, 4), torch.randn(2, 3), FORMS[form])
+    theirs, ours = outcomes(pair(name, 3, 4), torch.randn(2, 3), FORMS[form]())
     if theirs.error is None:
         assert ours.error is None, str(ours)
         return

@@ -12,6 +12,7 @@ import torch
 from pairs import CELLS, LAYERS, assert_same_error, outcome
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("every_device")
 ALL = LAYERS + CELLS
 
 # (positional arguments, keyword arguments) that torch's layers accept.
@@ -85,6 +86,12 @@ def test_accepted_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, 
         assert weight.is_contiguous()
 
 
+def generator_state() -> torch.Tensor:
+    """Return the state of the generator that new weights are drawn from."""
+    on_gpu = torch.get_default_device().type == "cuda"
+    return torch.cuda.get_rng_state() if on_gpu else torch.get_rng_state()
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("bias", [True, False])
 def test_initial_weights_are_equal_under_the_same_seed(name: str, bias: bool) -> None:
@@ -98,7 +105,7 @@ def test_initial_weights_are_equal_under_the_same_seed(name: str, bias: bool) ->
     for library in (nn, rnnkern):
         torch.manual_seed(5)
         made.append(getattr(library, name)(7, 9, **options))
-        after.append(torch.get_rng_state())
+        after.append(generator_state())
     for (key, wanted), (_, found) in zip(*(m.named_parameters() for m in made), strict=True):
         assert torch.equal(found, wanted), key
     assert torch.equal(*after), "ours drew another number of random values"
@@ -259,7 +266,7 @@ def test_check_methods_agree(name: str, bias: bool, layers: int, both: bool) -> 
     options = {"bias": bias, "num_layers": layers, "bidirectional": both}
     theirs = getattr(nn, name)(3, 4, **options)
     ours = getattr(rnnkern, name)(3, 4, **options)
-    x, sizes = torch.randn(5, 2, 3), torch.tensor([3, 2])
+    x, sizes = torch.randn(5, 2, 3), torch.tensor([3, 2], device="cpu")
     assert ours.get_expected_hidden_size(x, None) == theirs.get_expected_hidden_size(x, None)
     assert ours.get_expected_hidden_size(x, sizes) == theirs.get_expected_hidden_size(x, sizes)
     wrong = torch.zeros(9, 9, 9)

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 layers = pytest.mark.parametrize("name", LAYERS)
 both_kinds = pytest.mark.parametrize("name", LAYERS + CELLS)
 pytestmark = [
+    pytest.mark.usefixtures("every_device"),
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop because"),
 ]
@@ -167,31 +168,39 @@ TRANSFORMS = {
 }
 
 
+def theirs_on_host(made: tuple[nn.Module, nn.Module], x: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """Return each module with its input: torch's fused cells of a GPU have no forward mode."""
+    return [(made[0].cpu(), x.cpu()), (made[1], x)]
+
+
 @both_kinds
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(name: str, transform: str) -> None:
     made = pair(name, 3, 4, dtype=torch.float64)
-    x = sample(made[0])
-    found = [TRANSFORMS[transform](lambda v, m=module: first(m(v)), x) for module in made]
-    assert_close(found[1], found[0], kind="gradient")
+    found = [
+        TRANSFORMS[transform](lambda v, m=module: first(m(v)), x)
+        for module, x in theirs_on_host(made, sample(made[0]))
+    ]
+    assert_close(found[1].cpu(), found[0], kind="gradient")
 
 
 @both_kinds
 def test_jacobian_in_single_precision(name: str) -> None:
     made = pair(name, 3, 4)
-    x = sample(made[0])
-    found = [jacrev(lambda v, m=module: first(m(v)))(x) for module in made]
-    assert_close(found[1], found[0], kind="gradient")
+    found = [
+        jacrev(lambda v, m=module: first(m(v)))(x)
+        for module, x in theirs_on_host(made, sample(made[0]))
+    ]
+    assert_close(found[1].cpu(), found[0], kind="gradient")
 
 
 @both_kinds
 def test_batched_output_gradients(name: str) -> None:
     made = pair(name, 3, 4)
-    x = sample(made[0])
     found = []
-    for module in made:
+    for module, x in theirs_on_host(made, sample(made[0])):
         leaf = x.clone().requires_grad_()
         y = first(module(leaf))
         directions = torch.stack([torch.ones_like(y), y.detach().cos()])
         found.append(torch.autograd.grad(y, leaf, directions, is_grads_batched=True)[0])
-    assert_close(found[1], found[0], kind="gradient")
+    assert_close(found[1].cpu(), found[0], kind="gradient")

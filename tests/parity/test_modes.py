@@ -24,6 +24,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.usefixtures("every_device")
 layers = pytest.mark.parametrize("name", LAYERS)
 both_kinds = pytest.mark.parametrize("name", LAYERS + CELLS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -122,6 +123,7 @@ def allocated_bytes(loss: Tensor) -> int:
     return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
 
 
+@pytest.mark.cpu_only("on a GPU what cuBLAS works in, and rounding to blocks, count too")
 @layers
 def test_frozen_weights_cost_nothing(name: str) -> None:
     # float64: in float32 torch's own LSTM runs in oneDNN, which computes every gradient.
@@ -138,6 +140,7 @@ def test_frozen_weights_cost_nothing(name: str) -> None:
             assert costs[0] - saved >= size
 
 
+@pytest.mark.cpu_only("on a GPU what cuBLAS works in, and rounding to blocks, count too")
 @layers
 def test_no_input_gradient_costs_nothing(name: str) -> None:
     for module in pair(name, 64, 16, dtype=torch.float64):

@@ -23,16 +23,17 @@ from pairs import (
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+pytestmark = pytest.mark.usefixtures("every_device")
 layers = pytest.mark.parametrize("name", LAYERS)
 both_kinds = pytest.mark.parametrize("name", LAYERS + CELLS)
 Modules = tuple[nn.Module, nn.Module]
 
 
 def sample(module: nn.Module, features: int = 3) -> Tensor:
-    """Return an input that `module` takes, of the dtype of its weights."""
-    dtype = next(iter(module.state_dict().values())).dtype
+    """Return an input that `module` takes, of the dtype of its weights and where they are."""
+    weight = next(iter(module.state_dict().values()))
     cell = isinstance(module, nn.RNNCellBase)
-    return torch.randn((2, features) if cell else (5, 2, features)).to(dtype)
+    return torch.randn((2, features) if cell else (5, 2, features)).to(weight)
 
 
 def weight_names(module: nn.Module) -> list[str]:
@@ -329,7 +330,7 @@ def test_converted(name: str, convert: str) -> None:
 @both_kinds
 def test_empty_from_meta(name: str) -> None:
     theirs, ours = pair(name, 3, 4)
-    made = copy.deepcopy(ours).to("meta").to_empty(device="cpu")
+    made = copy.deepcopy(ours).to("meta").to_empty(device=torch.get_default_device())
     made.load_state_dict(theirs.state_dict())
     assert_parity((theirs, made), sample(theirs))
 
@@ -347,6 +348,7 @@ def fill_recurrent_weight(weight: Tensor) -> None:
     weight.fill_(0.25)
 
 
+@pytest.mark.cpu_only("a forked process cannot use CUDA")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @both_kinds

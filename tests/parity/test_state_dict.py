@@ -14,6 +14,7 @@ import torch
 from pairs import CELLS, LAYERS, assert_parity, assert_same_error, outcome, pair, random_state
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("every_device")
 ALL = LAYERS + CELLS
 SHAPES: list[dict[str, Any]] = [
     {},
