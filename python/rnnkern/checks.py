@@ -105,7 +105,7 @@ def check_order(order: Tensor | None, s: Sizes) -> Tensor | None:
     if order is None:
         return None
     order = integers("order", order, (s.B,))
-    if not torch.equal(order.sort().values, torch.arange(s.B)):
+    if not torch.equal(order.sort().values, torch.arange(s.B, device=order.device)):
         raise ValueError(f"order: expected a permutation of {s.B} rows")
     return order
 

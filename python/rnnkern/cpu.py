@@ -131,7 +131,7 @@ class _Cpu(Backend):
             lengths = check_lengths(a, s)
             if lengths is not None:
                 order = lengths.argsort(descending=True, stable=True)
-                steps = torch.arange(s.T)
+                steps = torch.arange(s.T, device=lengths.device)
                 active = s.B - torch.searchsorted(lengths.sort().values, steps, right=True)
                 padding = steps.unsqueeze(1) >= lengths
         check_resets(a, s)

@@ -140,7 +140,7 @@ def unpack(data: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         The padded tensor, the lengths [B], and the index [N] of each packed row in [T·B].
     """
     T, B = batch_sizes.numel(), int(batch_sizes[0])
-    columns = torch.arange(B)
+    columns = torch.arange(B, device=batch_sizes.device)
     valid = columns < batch_sizes.unsqueeze(1)
     index = valid.flatten().nonzero().squeeze(1).to(data.device)
     padded = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, index, data)
