@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = ("80", "90a")
-WHEELS = re.search(r"wheel_archs ([^)]*)", (ROOT / "CMakeLists.txt").read_text())
+WHEELS = re.search(r"wheel_archs ([^)]*)", (ROOT / "csrc/cuda/archs.cmake").read_text())
 assert WHEELS is not None
 ALL = ("75", *re.findall(r"(\w+)-real", WHEELS[1]))
 TENSOR_TYPES = ("float16", "bfloat16", "float32")

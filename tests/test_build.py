@@ -1,4 +1,4 @@
-"""RNNKERN_CUDA, the build's switch for the CUDA kernels: CMake configures, nothing compiles."""
+"""The build's switches for the CUDA kernels: CMake configures, or chooses, and nothing compiles."""
 
 from __future__ import annotations
 
@@ -85,3 +85,99 @@ def test_the_switch_has_three_positions(tmp_path: Path) -> None:
     done = configure(tmp_path, "-DRNNKERN_CUDA=YES")
     assert done.returncode != 0
     assert "RNNKERN_CUDA: expected AUTO, ON or OFF, got YES" in told(done)
+
+
+# ---- architectures ------------------------------------------------------------------------------
+WITHOUT_GPU = "80-real;90a-real;90-virtual"
+
+
+def program(path: Path, text: str) -> Path:
+    """Write a shell script that can be run."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def chosen(folder: Path, smi: str | None, archs: str = "", known: str = "80 86 89 90 120") -> str:
+    """Return what is chosen where `nvidia-smi` is such a script, or missing."""
+    list_known = f'test "$*" = --list-gpu-arch && printf "compute_%s\\n" {known}'
+    options = [
+        f"-DCMAKE_CUDA_COMPILER={program(folder / 'nvcc', list_known)}",
+        f"-DRNNKERN_CUDA_ARCHS={archs}",
+    ]
+    if smi is not None:
+        program(folder / "nvidia-smi", smi)
+    script = folder / "choose.cmake"
+    script.write_text(
+        "cmake_minimum_required(VERSION 3.20)\n"
+        f'include("{ROOT}/csrc/cuda/archs.cmake")\n'
+        'message("chosen: ${RNNKERN_CUDA_ARCHS}")\n'
+    )
+    done = subprocess.run(
+        [tool("cmake"), *options, "-P", str(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": str(folder)},
+    )
+    (found,) = done.stderr.splitlines()  # and no warning
+    return found.removeprefix("chosen: ")
+
+
+def gpus(*capabilities: str) -> str:
+    """Return an `nvidia-smi` that sees these, one a line."""
+    asked = "--query-gpu=compute_cap --format=csv,noheader"
+    return f'test "$*" = "{asked}" && printf "%s\\n" {" ".join(capabilities)}'
+
+
+@pytest.mark.parametrize(
+    "smi",
+    [
+        None,
+        "exit 9",
+        "echo 8.0; exit 9",
+        "echo No devices were found",
+        "echo '[N/A]'",
+        "exit 0",
+    ],
+    ids=str,
+)
+def test_architectures_where_no_gpu_is_seen(tmp_path: Path, smi: str | None) -> None:
+    assert chosen(tmp_path, smi) == WITHOUT_GPU
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        (["8.0"], "80-real"),
+        (["9.0"], "90a-real"),
+        (["12.0"], "120-real"),
+        (["8.6", "9.0"], "86-real;90a-real"),
+        (["8.0", "8.0", "8.9", "8.0"], "80-real;89-real"),
+        (["7.0"], WITHOUT_GPU),  # older than the kernels support
+        (["6.1", "8.9", "7.2"], "89-real"),
+        (["7.5"], WITHOUT_GPU),  # older than this compiler supports
+        (["13.0"], WITHOUT_GPU),  # newer than it knows: PTX
+        (["8.0", "13.0"], "80-real;90-virtual"),
+        (["13.0", "9.0", "12.0"], "90a-real;120-real;90-virtual"),
+    ],
+    ids=str,
+)
+def test_architectures_of_the_machine_s_gpus(tmp_path: Path, found: list[str], wanted: str) -> None:
+    assert chosen(tmp_path, gpus(*found)) == wanted
+
+
+def test_architectures_of_a_gpu_depend_on_the_compiler(tmp_path: Path) -> None:
+    assert chosen(tmp_path, gpus("7.5", "8.0"), known="75 80") == "75-real;80-real"
+    assert chosen(tmp_path, gpus("9.0"), known="80 90 90a") == "90a-real"
+    assert chosen(tmp_path, gpus("8.0"), known="") == WITHOUT_GPU
+
+
+@pytest.mark.parametrize("archs", ["90", "75-real", "86-real;89-real", "native"])
+def test_architectures_that_are_given(tmp_path: Path, archs: str) -> None:
+    assert chosen(tmp_path, gpus("8.0"), archs=archs) == archs
+
+
+def test_architectures_of_wheels(tmp_path: Path) -> None:
+    wanted = "80-real;86-real;89-real;90a-real;120-real;90-virtual"
+    assert chosen(tmp_path, gpus("8.0"), archs="wheels") == wanted
