@@ -37,7 +37,7 @@ def draw(report: Report) -> bytes:
     figure = require("matplotlib.figure", "bench").Figure(
         figsize=(15, height), layout="constrained"
     )
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharey=bool(report.scaling))
     machine = report.machine
     versions = machine["versions"]
     figure.suptitle(
@@ -48,7 +48,6 @@ def draw(report: Report) -> bytes:
     if report.scaling:
         _draw_scaling(report, OURS, left)
         _draw_scaling(report, THEIRS, right)
-        right.sharey(left)
     else:
         _draw_speedups(results, shapes, left)
         _draw_roofline(report, right)
@@ -91,7 +90,7 @@ def _draw_speedups(results: list[Result], shapes: list[str], axis: Any) -> None:
         axis.axhspan(row - 0.5, row + 0.5, color="#f3f3f3", zorder=0)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set_xscale("log")
-    _plain_ticks(axis)
+    _plain_ticks(axis.xaxis)
     axis.set_yticks(range(len(shapes)), shapes)
     axis.set_ylim(len(shapes) - 0.5, -0.5)
     axis.set_ylabel("T x B x H")
@@ -107,11 +106,11 @@ def _style(cell: str, mode: str) -> dict[str, Any]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """Label a logarithmic x axis 0.5, 1, 2, 5, 10, as far as it reaches."""
+    """Label a logarithmic x or y axis 0.5, 1, 2, 5, 10, as far as it reaches."""
     ticker = require("matplotlib.ticker", "bench")
-    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _draw_roofline(report: Report, axis: Any) -> None:
@@ -152,7 +151,7 @@ def _draw_roofline(report: Report, axis: Any) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(low, high)
-    _plain_ticks(axis)
+    _plain_ticks(axis.xaxis)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("flops for each byte of recurrent weights")
     axis.set_ylabel("GFLOP/s of the products")
@@ -164,19 +163,27 @@ def _draw_roofline(report: Report, axis: Any) -> None:
 
 def _draw_scaling(report: Report, name: str, axis: Any) -> None:
     """Draw a contender's speed by threads, relative to that with two."""
-    times: dict[str, list[tuple[int, float]]] = {}
+    times: dict[str, dict[int, float]] = {}
+    kinds: dict[str, tuple[str, str]] = {}
     for threads, result in report.scaling:
         if name in result.seconds:
-            found = (threads, result.seconds[name].median)
-            times.setdefault(result.case.name, []).append(found)
-    for case, pairs in times.items():
-        two = dict(pairs).get(2)
-        if two:
-            speeds = [two / seconds for _, seconds in pairs]
-            axis.plot([n for n, _ in pairs], speeds, "o-", markersize=4, label=case)
+            times.setdefault(result.case.name, {})[threads] = result.seconds[name].median
+            kinds[result.case.name] = result.case.cell, result.case.mode
+    labelled = set()
+    for case, seconds in times.items():
+        if 2 not in seconds:
+            continue
+        cell, mode = kinds[case]
+        label = None if kinds[case] in labelled else f"{cell} {mode}"
+        labelled.add(kinds[case])
+        style = _style(cell, mode) | {"marker": _MARKERS[mode], "markersize": 4, "linewidth": 1}
+        speeds = [seconds[2] / s for s in seconds.values()]
+        axis.plot(list(seconds), speeds, label=label, alpha=0.8, **style)
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
+    _plain_ticks(axis.yaxis)
     axis.set_xlabel("threads")
     axis.set_ylabel("speed over that of two threads")
     axis.set_title(name)
