@@ -159,7 +159,11 @@ def test_architectures_where_no_gpu_is_seen(tmp_path: Path, smi: str | None) -> 
         (["7.5"], WITHOUT_GPU),  # older than this compiler supports
         (["13.0"], WITHOUT_GPU),  # newer than it knows: PTX
         (["8.0", "13.0"], "80-real;90-virtual"),
-        (["13.0", "9.0", "12.0"], "90a-real;120-real;90-virtual"),
+        (["13.0", "9.0", "12.0", "14.0"], "90a-real;120-real;90-virtual"),
+        (["8.8"], WITHOUT_GPU),  # not known, but what is built for 8.0 runs there
+        (["8.8", "9.0"], "90a-real;80-real"),
+        (["8.0", "8.8"], "80-real"),
+        (["7.5", "8.9"], "89-real"),
     ],
     ids=str,
 )

@@ -25,9 +25,14 @@ elseif(NOT RNNKERN_CUDA_ARCHS)
     endif()
     list(TRANSFORM found REPLACE "^90$" "90a")  # Hopper's own instructions
     list(TRANSFORM found APPEND "-real")
-    if(found AND unknown)
-      list(APPEND found 90-virtual)  # for the newer ones
-    endif()
+    foreach(gpu IN LISTS unknown)
+      if(found AND gpu GREATER 90)
+        list(APPEND found 90-virtual)
+      elseif(found AND gpu GREATER 80)
+        list(APPEND found 80-real)  # which all 8.x run; PTX for 9.0 they do not
+      endif()
+    endforeach()
+    list(REMOVE_DUPLICATES found)
     set(RNNKERN_CUDA_ARCHS ${found})
   endif()
   if(NOT RNNKERN_CUDA_ARCHS)  # no GPU, or none that the compiler knows
