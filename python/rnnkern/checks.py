@@ -181,8 +181,8 @@ def _presence(a: LayerInputs, cell: Cell, s: Sizes) -> None:
         raise ValueError("w_hr_reverse: expected a projection in both directions or in none")
     if a.w_hr is not None and not cell.projects:
         raise ValueError(f"w_hr: {cell.name} has no projection")
-    if a.w_hr is not None and a.w_hr.shape[0] == 0:
-        raise ValueError(f"w_hr: expected at least one row, got {list(a.w_hr.shape)}")
+    if a.w_hr is not None and 0 in a.w_hr.shape:
+        raise ValueError(f"w_hr: expected [P, H] of at least 1 each, got {list(a.w_hr.shape)}")
     if (a.c0 is None) != (cell.states == 1):
         raise ValueError(f"c0: {cell.name} has {cell.states} state(s)")
     if a.resets is None and (a.reset_h is not None or a.reset_c is not None):

@@ -38,10 +38,18 @@ PADDED = Case("lstm", T=T, B=B, H=40, D=2, resets=True, reset_state=True)
 PACKED = Case("lstm", T=T, B=B, H=40, layout="packed_unsorted")
 GRU = Case("gru", T=T, B=B, H=40, resets=True, reset_state=True)
 PROJECTED = Case("lstm", T=T, B=B, H=40, P=7, D=2)
-NO_PROJECTED_STATE = setting(
+# Without units on one side of the projection, in all that has them.
+NO_P = setting(
     h0=zeros(2, B, 0),
-    **dict.fromkeys(("w_hh", "w_hh_reverse"), zeros(160, 0)),
-    **dict.fromkeys(("w_hr", "w_hr_reverse"), zeros(0, 40)),
+    **{f"w_hh{d}": zeros(160, 0) for d in ("", "_reverse")},
+    **{f"w_hr{d}": zeros(0, 40) for d in ("", "_reverse")},
+)
+NO_H = setting(
+    c0=zeros(2, B, 0),
+    **{f"w_ih{d}": zeros(0, 4) for d in ("", "_reverse")},
+    **{f"w_hh{d}": zeros(0, 7) for d in ("", "_reverse")},
+    **{f"b_{b}{d}": zeros(0) for b in ("ih", "hh") for d in ("", "_reverse")},
+    **{f"w_hr{d}": zeros(7, 0) for d in ("", "_reverse")},
 )
 # (case, name in the message, change)
 HOSTILE_FORWARD: dict[str, tuple[Case, str, Change]] = {
@@ -68,8 +76,9 @@ HOSTILE_FORWARD: dict[str, tuple[Case, str, Change]] = {
     "w_hr_for_gru": (GRU, "w_hr", setting(w_hr=zeros(40, 40))),
     "w_hr_in_one_direction": (PROJECTED, "w_hr", setting(w_hr_reverse=None)),
     "w_hr_shape": (PROJECTED, "w_hr|w_ih", setting(w_hr=zeros(7, 4000))),
+    "w_hr_to_no_units": (PROJECTED, "w_hr: expected [P, H] of at least 1 each, got [0, 40]", NO_P),
+    "w_hr_of_no_units": (PROJECTED, "w_hr: expected [P, H] of at least 1 each, got [7, 0]", NO_H),
     "w_hr_1d": (PROJECTED, "w_hr", setting(w_hr=zeros(40))),
-    "w_hr_no_rows": (PROJECTED, "w_hr: expected at least one row", NO_PROJECTED_STATE),
     "w_hr_reverse_shape": (PROJECTED, "w_hr_reverse", setting(w_hr_reverse=zeros(7, 4))),
     "reset_h_shape": (PADDED, "reset_h", setting(reset_h=zeros(2, 1, 40))),
     "reset_h_missing": (PADDED, "reset_h|reset_c", setting(reset_h=None)),
