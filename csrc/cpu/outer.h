@@ -4,11 +4,11 @@
 //
 // The factors already have the outputs side by side in their rows, so nothing is transposed: b is
 // packed into panels of NV registers, a into tiles of MR columns, and every MR × NV tile of an
-// output adds its sum over the rows to memory. A few tiles of a and one panel of b are in L1 at a
-// time, the other panels in L2. Sums run over the rows in order, so that the result does not depend
-// on how threads split the outputs. Rows are taken kRows at a time, so that rounding errors do not
-// grow with all of them (a matrix unit adds 32 rows at a time to the sum in memory). All products
-// of a call share their packed panels.
+// output adds its sum over the rows to memory. A few tiles of a follow each other for each panel of
+// b, which comes from L2 once for all of them where they and it fit L1. Sums run over the rows in
+// order, so that the result does not depend on how threads split the outputs. Rows are taken kRows
+// at a time, so that rounding errors do not grow with all of them (a matrix unit adds 32 rows at a
+// time to the sum in memory). All products of a call share their packed panels.
 #pragma once
 
 #include "core/problem.h"

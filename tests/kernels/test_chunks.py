@@ -55,6 +55,15 @@ def _more_threads_than_cpus() -> Iterator[None]:
 
 BEST = [(ISAS[-1], torch.float32), (ISAS[-1], torch.float64)]
 BEST += [(isa, torch.bfloat16) for isa in BFLOAT16_ISAS or ISAS[-1:]]  # or cast to float32
+# A chunk of one step has more rows than the sums of outer products take at a time, 256.
+WIDE = tuple(
+    Case(cell, T=2, B=B, I=20, H=33, D=2, layout=layout)
+    for cell, B, layout in (
+        ("lstm", 300, "packed_unsorted"),
+        ("gru", 513, "padded"),
+        ("gru_reset_before", 300, "batch_first"),
+    )
+)
 # Weights that are asked for ahead: input weights beyond any cache near a core, and 7 steps in
 # chunks of 3; input weights beyond an L2 of 1 or 2 MiB that has room for 256 rows of x.
 LARGE = (Case("lstm", T=7, B=70, I=1024, H=640), Case("lstm", T=5, B=70, I=600, H=256))
@@ -71,7 +80,7 @@ ONE_CHUNK = (
 TWO_CHAINS = Case("lstm", T=300, B=1, I=20, H=64)  # of each sum, and units split
 
 
-@pytest.mark.parametrize("case", [*cases(), *LARGE, *ONE_CHUNK, TWO_CHAINS], ids=str)
+@pytest.mark.parametrize("case", [*cases(), *WIDE, *LARGE, *ONE_CHUNK, TWO_CHAINS], ids=str)
 @pytest.mark.parametrize(("isa", "dtype"), BEST, ids=str)
 def test_chunks(case: Case, isa: str, dtype: torch.dtype) -> None:
     args = build(case, dtype)
