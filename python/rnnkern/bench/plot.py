@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from rnnkern.bench.cases import CELLS, MODES
+from rnnkern.bench.cases import CELLS, MODES, Case
 from rnnkern.bench.contenders import OURS, THEIRS
 from rnnkern.bench.report import Report
 from rnnkern.bench.result import Result
@@ -163,22 +163,25 @@ def _draw_roofline(report: Report, axis: Any) -> None:
 
 def _draw_scaling(report: Report, name: str, axis: Any) -> None:
     """Draw a contender's speed by threads, relative to that with two."""
-    times: dict[str, dict[int, float]] = {}
-    kinds: dict[str, tuple[str, str]] = {}
+    times: dict[Case, dict[int, float]] = {}
     for threads, result in report.scaling:
         if name in result.seconds:
-            times.setdefault(result.case.name, {})[threads] = result.seconds[name].median
-            kinds[result.case.name] = result.case.cell, result.case.mode
-    labelled = set()
+            times.setdefault(result.case, {})[threads] = result.seconds[name].median
+    labels = set()
     for case, seconds in times.items():
         if 2 not in seconds:
             continue
-        cell, mode = kinds[case]
-        label = None if kinds[case] in labelled else f"{cell} {mode}"
-        labelled.add(kinds[case])
-        style = _style(cell, mode) | {"marker": _MARKERS[mode], "markersize": 4, "linewidth": 1}
-        speeds = [seconds[2] / s for s in seconds.values()]
-        axis.plot(list(seconds), speeds, label=label, alpha=0.8, **style)
+        label = f"{case.cell} {case.mode}"
+        axis.plot(
+            list(seconds),
+            [seconds[2] / s for s in seconds.values()],
+            label=None if label in labels else label,
+            marker=_MARKERS[case.mode],
+            linewidth=1,
+            alpha=0.8,
+            **_style(case.cell, case.mode),
+        )
+        labels.add(label)
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
