@@ -28,7 +28,8 @@ from rnnkern.checks import (
     integers,
     moved,
 )
-from rnnkern.cuda_precision import exact_products, uses_tf32
+from rnnkern.cuda_gemm import gemm
+from rnnkern.cuda_precision import uses_tf32
 from rnnkern.kernels import Backend, Backward, Steps, address
 
 Plan: TypeAlias = dict[str, dict[str, Any]]
@@ -91,13 +92,11 @@ class Cuda(Backend):
 
     def project(self, a: LayerInputs, s: Sizes, steps: Steps, save: bool) -> Tensor:
         """Return x, by one product."""
-        with exact_products(_wants_exact(a, s)):
-            return cuda_products.project(a, s)
+        return cuda_products.project(gemm(a.input, uses_tf32(s.T)), a, s)
 
     def differentiate(self, run: Backward) -> None:
         """Run the recurrence, then one product for each gradient of the input and the weights."""
-        with exact_products(_wants_exact(run.a, run.s)):
-            cuda_products.differentiate(run)
+        cuda_products.differentiate(gemm(run.a.input, uses_tf32(run.s.T)), run)
 
     def steps(self, a: LayerInputs, s: Sizes) -> Steps:
         """Return packed rows as they are, and padded ones with their lengths on the device."""
@@ -150,11 +149,6 @@ class Cuda(Backend):
         with _current(data.device):
             chosen: Plan = choose(cell.index, where, (B, H, D, P))
         return chosen
-
-
-def _wants_exact(a: LayerInputs, s: Sizes) -> bool:
-    """Return whether torch would compute this layer in float32 without TF32, products and all."""
-    return a.input.dtype == torch.float32 and not uses_tf32(s.T)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

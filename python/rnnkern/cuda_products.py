@@ -1,23 +1,22 @@
-"""The products around the recurrence on CUDA, each one over all rows of data, by cuBLAS."""
+"""The products around the recurrence on CUDA, each one over all rows of data."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rnnkern.arguments import LayerInputs, Sizes
+from rnnkern.cuda_gemm import Gemm
 from rnnkern.kernels import Backward
 
 
-def project(a: LayerInputs, s: Sizes) -> Tensor:
+def project(gemm: Gemm, a: LayerInputs, s: Sizes) -> Tensor:
     """Return x [N,D·G·H] = input·w_ihᵀ + b_ih of all directions."""
     w, b = _joined(a)
-    return _linear(a.input.view(s.N, s.I), w, b)
+    return gemm.linear(a.input.view(s.N, s.I), w, b)
 
 
-def differentiate(run: Backward) -> None:
+def differentiate(gemm: Gemm, run: Backward) -> None:
     """Run the recurrence, then multiply its dx, dr and dh into the gradients."""
     a, cell, s, wanted, out = run.a, run.cell, run.s, run.wanted, run.out
     run.add_states(every=True)
@@ -36,41 +35,45 @@ def differentiate(run: Backward) -> None:
         ],
     )
     if wanted["input"]:
-        dinput = _linear(dx[0], a.w_ih.t())
+        dinput = gemm.linear(dx[0], a.w_ih.t())
         if s.D == 2:
-            dinput.addmm_(dx[1], a.directions[1][0])  # 16-bit sums are rounded once
+            gemm.add(dinput, dx[1], a.directions[1][0])
         out["input"] = dinput.view_as(a.input)
     input = run.input_without_padding().view(s.N, s.I)
     for d in range(s.D):
         own = (None if t is None else t[d] for t in (extra, dh))
-        _add_weights(run, d, input, dx[d], *own)
+        _add_weights(gemm, run, d, input, dx[d], *own)
 
 
 def _add_weights(
-    run: Backward, d: int, input: Tensor, dx: Tensor, extra: Tensor | None, dh: Tensor | None
+    gemm: Gemm,
+    run: Backward,
+    d: int,
+    input: Tensor,
+    dx: Tensor,
+    extra: Tensor | None,
+    dh: Tensor | None,
 ) -> None:
     """Add the gradients of direction `d`'s weights to ``run.out``."""
     cell, s, wanted, out = run.cell, run.s, run.wanted, run.out
     suffix = "_reverse" if d else ""
     h_prev, gates = run.g.h_prev[d], s.G * s.H
-    whole: list[tuple[Tensor, Tensor]] = []  # the products that every column of dx takes part in
     if wanted["w_ih" + suffix]:
         out["w_ih" + suffix] = dw = dx.new_empty(gates, s.I)
-        whole.append((input, dw))
+        gemm.outer(dx, input, dw)
     if wanted["w_hh" + suffix]:
         out["w_hh" + suffix] = dr = dx.new_empty(gates, s.P)
         if cell.extra == "recurrent_gradient" and extra is not None:
             last = gates - s.H  # the last gate has a gradient of its own
-            _outer(dx[:, :last], [(h_prev, dr[:last])])
-            _outer(extra, [(h_prev, dr[last:])])
+            gemm.outer(dx[:, :last], h_prev, dr[:last])
+            gemm.outer(extra, h_prev, dr[last:])
         elif cell.extra == "operand" and extra is not None:
             last = cell.last_phase * s.H  # the last phase has an operand of its own
-            _outer(dx[:, :last], [(h_prev, dr[:last])])
-            _outer(dx[:, last:], [(extra, dr[last:])])
+            gemm.outer(dx[:, :last], h_prev, dr[:last])
+            gemm.outer(dx[:, last:], extra, dr[last:])
         else:
-            whole.append((h_prev, dr))
+            gemm.outer(dx, h_prev, dr)
     biases = wanted["b_ih" + suffix] or wanted["b_hh" + suffix]
-    _outer(dx, whole)
     if biases:
         out["b_ih" + suffix] = db = dx.sum(0)
         if cell.extra == "recurrent_gradient" and extra is not None:
@@ -79,18 +82,7 @@ def _add_weights(
             out["b_hh" + suffix] = db.clone()
     if wanted["w_hr" + suffix] and dh is not None and extra is not None:
         out["w_hr" + suffix] = dw_hr = dx.new_empty(s.P, s.H)
-        _outer(dh, [(extra, dw_hr)])
-
-
-def _linear(a: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """Return a·wᵀ + b."""
-    return a @ w.t() if b is None else torch.addmm(b, a, w.t())
-
-
-def _outer(a: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Write aᵀ·b to `out` for every (b, out)."""
-    for b, out in factors:
-        torch.mm(a.t(), b, out=out)
+        gemm.outer(dh, extra, dw_hr)
 
 
 def _joined(a: LayerInputs) -> tuple[Tensor, Tensor | None]:

@@ -37,6 +37,11 @@ def build_probe(folder: Path, *flags: str) -> Path:
     return link([HERE / "probe.cu", *SHIM], folder / "probe.so", flags)
 
 
+def build_cublas(folder: Path, *flags: str) -> Path:
+    """Compile and link what stands for cuBLAS, for ctypes; as `build`."""
+    return link([HERE / "cublas.cpp"], folder / "cublas.so", flags)
+
+
 def link(sources: Sequence[Path], target: Path, flags: Sequence[str]) -> Path:
     """Compile what has no object file beside `target` yet, and link all; return `target`.
 

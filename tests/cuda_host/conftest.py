@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import Case, cuda_operators, leaves, run_op
-from cuda_host.build import NAME, build, build_probe
+from cuda_host.build import NAME, build, build_cublas, build_probe
 from filelock import FileLock
 from rnnkern import cuda
 from rnnkern.arguments import LayerInputs
@@ -152,6 +152,14 @@ def probe_library(folder: Path) -> ctypes.CDLL:
     """Load the kernels of probe.cu, on the host."""
     with FileLock(folder / "lock"):
         path = build_probe(folder, *FLAGS)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="session")
+def cublas_library(folder: Path) -> ctypes.CDLL:
+    """Load what stands for cuBLAS."""
+    with FileLock(folder / "lock"):
+        path = build_cublas(folder, *FLAGS)
     return ctypes.CDLL(str(path))
 
 

@@ -82,9 +82,11 @@ def test_modules_against_cudnn(
 # ---- TF32 ---------------------------------------------------------------------------------------
 @kinds
 @plans
-def test_tf32_against_cudnn(name: str, extra: dict[str, Any]) -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_tf32_against_cudnn(name: str, extra: dict[str, Any], products: bool) -> None:
+    """As cuDNN's flag has it, whatever that of the products says: exact, as torch starts."""
     modules = made(name, extra, torch.float32, batch_first=True)
-    with tf32(products=True, layers=True):
+    with tf32(products=products, layers=True):
         assert uses_tf32(30)
         assert_like_cudnn(*modules, torch.float32)
 
