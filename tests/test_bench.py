@@ -16,7 +16,7 @@ import pytest
 import torch
 from rnnkern import cli
 from rnnkern._native import _cpu
-from rnnkern.bench import cases, command, contenders, limit, measure, result, targets
+from rnnkern.bench import cases, command, contenders, limit, measure, memory, result, targets
 from rnnkern.bench.cases import Case, all_cases, select
 from rnnkern.bench.contenders import AbsentError, Contender, Problem, WrongNumbersError, check
 from rnnkern.bench.measure import Plan, Spread
@@ -393,6 +393,30 @@ def test_memory_of_a_call() -> None:
     if not done.stdout.strip():
         pytest.skip("this system does not tell")
     assert [float(v) for v in done.stdout.split()] == pytest.approx([16, 12], abs=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_memory_of_a_contender(mode: str) -> None:
+    """In a process of its own, which a later case finds as it was, also after one that ended it."""
+    case = Case("gru", mode, 200, 32, 64)
+    y = 200 * 32 * 64 * 4 / 1e6
+    with memory.Process() as process:
+        first = process.measure(case, "rnnkern", 1)
+        if first is None:
+            pytest.skip("this system does not tell")
+        assert process._pool is not None
+        process.measure(Case("lstm", mode, 400, 32, 128), "torch", 1)
+        process._pool.submit(os._exit, 1)
+        assert process.measure(case, "rnnkern", 1) is None
+        again = process.measure(case, "rnnkern", 1)
+    assert again is not None
+    assert first.beyond_mb == pytest.approx(again.beyond_mb, rel=0.1, abs=0.2)
+    kept = 6 * y if mode == "training" else 0  # three gates, what they save, h' and y
+    assert kept < first.peak_mb < kept + 6
+    assert first.peak_mb - first.beyond_mb == pytest.approx(
+        y if mode == "inference" else 2 * y, abs=0.3
+    )
 
 
 @pytest.mark.parametrize("quantity", ["fma", "bf16", "read", "barrier"])

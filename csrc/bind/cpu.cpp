@@ -126,6 +126,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas);
   m.def("select_isa", &pin_isa);
   m.def("allow_oversubscription", &allow_oversubscription);
+  m.def("sleep_at_once", &sleep_at_once);
   m.def("computes_bfloat16", &computes_bfloat16);
   define<float>(m, "float32");
   define<double>(m, "float64");

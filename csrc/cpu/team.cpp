@@ -2,10 +2,16 @@
 #include "cpu/team.h"
 
 #include <algorithm>
+#include <chrono>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <sched.h>
+#endif
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #if defined(RNNKERN_STD_THREADS)  // ThreadSanitizer cannot see into libgomp
@@ -23,9 +29,17 @@
 namespace rnnkern {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // About 20 µs on a 4 GHz core: longer than a step of most layers, shorter than a scheduler's time
 // slice.
 constexpr int kSpins = 2000;
+// A yield that takes longer has let another thread run for about a time slice.
+constexpr auto kLongYield = std::chrono::microseconds(500);
+// After so many in a row, somebody is taken to want this CPU who never waits,
+constexpr int kLongYields = 3;
+// and so many waits end in sleep before it is tried again.
+constexpr int kSleeps = 64;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -35,6 +49,48 @@ inline void relax() {
 #endif
 }
 
+void yield() {
+#if defined(__unix__) || defined(__APPLE__)
+  sched_yield();
+#endif
+}
+
+// Sleeps while `word` has this value; where the system has no such thing, lets others run.
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+#if defined(SYS_futex)
+  static_assert(sizeof(word) == sizeof(uint32_t));
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+#else
+  (void)word, (void)value;
+  yield();
+#endif
+}
+
+void wake_all(std::atomic<uint32_t>& word) {
+#if defined(SYS_futex)
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  (void)word;
+#endif
+}
+
+// A thread's experience of its CPU.
+struct Patience {
+  int long_yields = 0;  // the last ones in a row
+  int sleeps = 0;       // that are left
+};
+thread_local Patience patience;
+
+// Lets others run; notes whether they did.
+void offer_cpu() {
+  const Clock::time_point before = Clock::now();
+  yield();
+  patience.long_yields = Clock::now() - before > kLongYield ? patience.long_yields + 1 : 0;
+  if (patience.long_yields < kLongYields) return;
+  patience = {0, kSleeps};
+}
+
+std::atomic<bool> sleeps_at_once{false};
 std::atomic<bool> forked_child{false};
 std::atomic<bool> oversubscribing{false};
 
@@ -52,20 +108,30 @@ void Barrier::wait() {
   const uint32_t epoch = epoch_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    epoch_.store(epoch + 1, std::memory_order_release);
+    // Sequentially consistent, as what a sleeper does: it is seen here, or it sees the new epoch.
+    epoch_.store(epoch + 1);
+    if (sleepers_.load() > 0) wake_all(epoch_);
     return;
   }
-  for (int spins = 0; epoch_.load(std::memory_order_acquire) == epoch;) {
-    if (spins < kSpins) {
-      ++spins;
-      relax();
-    } else {
-#if defined(__unix__) || defined(__APPLE__)
-      sched_yield();
-#endif
+  const auto waits = [&] { return epoch_.load(std::memory_order_acquire) == epoch; };
+  const bool at_once = sleeps_at_once.load(std::memory_order_relaxed);
+  for (int spins = at_once ? kSpins : 0; spins < kSpins; ++spins) {
+    if (!waits()) return;
+    relax();
+  }
+  while (waits()) {
+    if (!at_once && patience.sleeps == 0) {
+      offer_cpu();
+      continue;
     }
+    patience.sleeps = std::max(0, patience.sleeps - 1);
+    sleepers_.fetch_add(1);
+    sleep_while(epoch_, epoch);
+    sleepers_.fetch_sub(1);
   }
 }
+
+void sleep_at_once(bool on) { sleeps_at_once.store(on, std::memory_order_relaxed); }
 
 void allow_oversubscription(bool allow) { oversubscribing.store(allow, std::memory_order_relaxed); }
 

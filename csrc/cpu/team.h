@@ -1,10 +1,17 @@
 // The persistent thread team: all threads enter once, stay for the whole sequence, and meet at
 // barriers.
 //
-// The pool is OpenMP's (torch's own libgomp, when torch was imported first). The barrier spins a
-// bounded time and then yields, so more threads than cores slow a run down but never stall it. In a
-// forked child the parent's pool does not exist, and an OpenMP region would wait for it forever:
-// there the team is always one thread, which changes no result.
+// The pool is OpenMP's (torch's own libgomp, when torch was imported first). In a forked child the
+// parent's pool does not exist, and an OpenMP region would wait for it forever: there the team is
+// always one thread, which changes no result.
+//
+// The barrier. Most waits are shorter than a step, so a thread spins. After that another one of the
+// team has probably lost its CPU, and this one offers its own to whoever waits for it. The offer
+// returns at once where nobody does, and soon where another team takes it that will wait in turn.
+// Where a thread takes it that never waits, a time slice is gone, and this one is away when the
+// others come back: teams that go on so lose a slice at every barrier. So after a few such offers
+// it sleeps instead, and is woken ahead of those that never do. Sleeping always would be worse
+// beside another team: the scheduler may then put both threads of a team on one CPU.
 #pragma once
 
 #include <atomic>
@@ -21,8 +28,12 @@ class Barrier {
  private:
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<int> sleepers_{0};  // beside what they sleep on
   int members_;
 };
+
+// Lets threads sleep at a barrier without spinning first, as the tests do.
+void sleep_at_once(bool on);
 
 // Whether this process is a forked child, which has none of its parent's OpenMP threads.
 bool in_forked_child();

@@ -47,6 +47,11 @@ def allow_oversubscription(allow: bool) -> None:
     _cpu.allow_oversubscription(allow)
 
 
+def sleep_at_once(on: bool) -> None:
+    """Let threads that wait for others of their team sleep without watching first (for tests)."""
+    _cpu.sleep_at_once(on)
+
+
 def cuda_module() -> Any:
     """Return the module of the CUDA kernels, or None if there is none or it cannot be loaded."""
     return load_cuda()[0]

@@ -119,11 +119,17 @@ def test_bits_do_not_depend_on_the_team(cell: str, isa: str, dtype: torch.dtype)
                 assert_identical(found, wanted[i], f"{cases[i // 2]}, {threads} threads")
 
 
-def test_a_team_computes_what_the_reference_does() -> None:
+@pytest.mark.parametrize("asleep", [False, True], ids=["awake", "asleep"])
+def test_a_team_computes_what_the_reference_does(asleep: bool) -> None:
+    """However its threads wait for each other."""
     torch.set_num_threads(7)
-    for cell in CELLS:
-        args = build(Case(cell, T=4, B=6, H=70, I=9, D=2, lengths=True, resets=True))
-        assert_matches(evaluate(args), expected(args), dtype=torch.float64)
+    _native.sleep_at_once(asleep)
+    try:
+        for cell in CELLS:
+            args = build(Case(cell, T=4, B=6, H=70, I=9, D=2, lengths=True, resets=True))
+            assert_matches(evaluate(args), expected(args), dtype=torch.float64)
+    finally:
+        _native.sleep_at_once(False)
 
 
 # ---- several callers ----------------------------------------------------------------------------

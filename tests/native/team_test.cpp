@@ -8,6 +8,7 @@
 #include "cpu/team.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -257,6 +258,31 @@ const char* type_name(size_t bytes) {
   return bytes == 2 ? "bfloat16" : bytes == 4 ? "float32" : "float64";
 }
 
+// Nobody passes a barrier before all have come to it, whether they spin or sleep meanwhile.
+void check_barrier(int size, bool asleep) {
+  constexpr int kRounds = 3000;
+  Barrier barrier(size);
+  std::vector<int> come(static_cast<size_t>(size));  // the round that each thread is in
+  std::atomic<int> early{0};
+  sleep_at_once(asleep);
+  std::vector<std::thread> team;
+  for (int& mine : come) {
+    team.emplace_back([&] {
+      for (int round = 1; round <= kRounds; ++round) {
+        mine = round;
+        barrier.wait();
+        for (const int other : come) early += other != round;
+        barrier.wait();
+      }
+    });
+  }
+  for (std::thread& thread : team) thread.join();
+  sleep_at_once(false);
+  if (early == 0) return;
+  ++failures;
+  std::printf("FAILED: barrier of %d, %s\n", size, asleep ? "asleep" : "awake");
+}
+
 // How often each way to split the work was taken.
 struct Coverage {
   int by_unit = 0, by_row = 0, by_direction = 0, mixed = 0;
@@ -323,6 +349,9 @@ void check_cell(int cell) {
 
 // Arguments: the ISAs to run; by default all that this CPU supports.
 int main(int argc, char** argv) {
+  for (const bool asleep : {false, true}) {
+    for (const int size : {1, 2, 3, 8}) check_barrier(size, asleep);
+  }
   rnnkern::allow_oversubscription(true);  // teams larger than the machine
   std::vector<const char*> isas(argv + 1, argv + argc);
   for (int i = 0; argc == 1 && supported_isa(i); ++i) isas.push_back(supported_isa(i));

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import torch
 
-from rnnkern.bench import contenders, environment, markdown, plot, report, result, roofline
+from rnnkern.bench import (
+    contenders,
+    environment,
+    markdown,
+    memory,
+    plot,
+    report,
+    result,
+    roofline,
+)
 from rnnkern.bench.cases import CELLS, Case, all_cases, select
 from rnnkern.bench.contenders import NAMES, OURS, THEIRS
 from rnnkern.bench.measure import Plan, hot_microseconds
@@ -128,10 +137,17 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _compare(args: argparse.Namespace, chosen: Sequence[Case], found: Report) -> None:
     wanted = args.contender or [name for name in NAMES if not (args.quick and name == "compile")]
     names = [name for name in NAMES if name == OURS or name in wanted]
-    for number, case in enumerate(chosen, 1):
-        one = result.run(case, plan=_plan(args), roofline=found.roofline, names=names)
-        found.results.append(one)
-        _tell(f"{number}/{len(chosen)}", one)
+    with memory.Process() as process:
+        for number, case in enumerate(chosen, 1):
+            one = result.run(
+                case,
+                plan=_plan(args),
+                roofline=found.roofline,
+                names=names,
+                memory=process.measure,
+            )
+            found.results.append(one)
+            _tell(f"{number}/{len(chosen)}", one)
 
 
 def _scale(args: argparse.Namespace, chosen: Sequence[Case], found: Report) -> None:

@@ -9,8 +9,8 @@ _HOW = """\
 Times are medians of rounds in which the contenders take turns; "/ ours" is the median of the
 rounds' ratios of a contender's time to rnnkern's, so above 1 rnnkern is faster. Before it is
 timed, every contender is checked to compute the same numbers. MB is the peak of a call beyond what
-stays between calls, with its outputs and gradients. Calls below 1 ms are timed hot, several at
-once."""
+stays between calls, with its outputs and gradients, in a process that gives large blocks back to
+the system as soon as they are freed. Calls below 1 ms are timed hot, several at once."""
 
 
 def document(report: Report) -> str:

@@ -2,18 +2,36 @@
 
 Linux keeps the highest resident size of a process and lets it be reset. Free memory that the C
 library keeps is given back before, so that a call cannot hide in it.
+
+Contenders are measured in a process of their own, whose C library gives every large block back to
+the system as soon as it is freed. Otherwise what is resident also depends on the holes that
+earlier calls left in its heap, of this contender and of others: in one process, the same call
+varied by a fifth.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import re
+import signal
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rnnkern.bench.cases import Case
+from rnnkern.bench.contenders import Problem, grad_mode
+
+_LARGE = 64 << 10
+"""Bytes from which on a block is given back by itself."""
+_MMAP_THRESHOLD = -3  # of mallopt, in glibc
 _PROCESS = Path("/proc/self")
 
 
@@ -57,6 +75,72 @@ def measure(call: Callable[[], Any], given: int, tries: int = 3) -> Memory | Non
         return None
     peak = known[len(known) // 2]
     return Memory(peak / 1e6, max(0, peak - given) / 1e6)
+
+
+class Process:
+    """Where the memory of contenders is measured; started when it is first asked.
+
+    It is a context manager, at whose end the process is gone.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def measure(self, case: Case, name: str, threads: int) -> Memory | None:
+        """Measure one call of a contender.
+
+        Parameters
+        ----------
+        case : Case
+            What it runs.
+        name : str
+            One of `rnnkern.bench.contenders.NAMES`, and one that can run it.
+        threads : int
+            On how many threads.
+
+        Returns
+        -------
+        Memory or None
+            None where the system does not tell, or ends the process for want of memory.
+        """
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
+        try:
+            return self._pool.submit(_measure, case, name, threads).result()
+        except BrokenProcessPool:
+            self._end()
+            return None
+
+    def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    with suppress(AttributeError, OSError, TypeError):  # not glibc: nor does `_peak` find anything
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
+
+
+def _measure(case: Case, name: str, threads: int) -> Memory | None:
+    torch.set_num_threads(threads)
+    problem = Problem(case)
+    with grad_mode(case):
+        made = problem.contender(name, threads, keeps=False)
+        given = sum(tensor.nbytes for tensor in made.tensors(made.call()))
+        if case.mode == "training":  # y, which is computed but not returned
+            given += problem.dy.nbytes
+        found = measure(made.call, given)
+    torch.compiler.reset()  # what was compiled for this case serves no other
+    return found
 
 
 def _peak(call: Callable[[], Any]) -> int | None:

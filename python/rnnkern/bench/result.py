@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rnnkern.bench import limit, measure, memory
+from rnnkern.bench import limit, measure
 from rnnkern.bench.cases import Case
 from rnnkern.bench.contenders import (
     NAMES,
@@ -113,6 +112,7 @@ def run(
     roofline: Roofline | None,
     names: Sequence[str] = NAMES,
     contender: Callable[..., Contender] = Problem.contender,
+    memory: Callable[[Case, str, int], Memory | None] | None = None,
 ) -> Result:
     """Check and measure a case.
 
@@ -130,6 +130,8 @@ def run(
         The contenders.
     contender : callable
         Makes one, given the problem, its name and the threads.
+    memory : callable, optional
+        Measures the memory of one, given the case, its name and the threads.
 
     Returns
     -------
@@ -139,7 +141,7 @@ def run(
     result = Result(case, limit=None if roofline is None else limit.seconds(case, roofline))
     try:
         with grad_mode(case):
-            _time(result, _ready(result, names, contender), plan)
+            _time(result, _ready(result, names, contender, memory), plan)
     except Exception as error:  # of no contender alone: no memory for the data, for example
         result.errors["all"] = _message(error)
     torch.compiler.reset()  # what was compiled for this case serves no other
@@ -147,7 +149,10 @@ def run(
 
 
 def _ready(
-    result: Result, names: Sequence[str], contender: Callable[..., Contender]
+    result: Result,
+    names: Sequence[str],
+    contender: Callable[..., Contender],
+    memory: Callable[[Case, str, int], Memory | None] | None,
 ) -> dict[str, Contender]:
     """Make and check the contenders, measure their memory, and return those that can be timed."""
     case, threads = result.case, torch.get_num_threads()
@@ -159,7 +164,8 @@ def _ready(
             made = contender(problem, name, threads)
             check(made, made.call(), reference, case.dtype)
             ready[name] = made
-            result.memory[name] = _memory(problem, made, threads, reference)
+            if memory is not None:
+                result.memory[name] = memory(case, name, threads)
         except AbsentError as reason:
             result.absent[name] = str(reason)
         except Exception as error:
@@ -170,18 +176,6 @@ def _ready(
 
 def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def _memory(
-    problem: Problem, made: Contender, threads: int, reference: Sequence[Tensor]
-) -> Memory | None:
-    if made.name == "onnxruntime":
-        made = problem.contender(made.name, threads, keeps=False)
-    size = torch.empty((), dtype=getattr(torch, problem.case.dtype)).element_size()
-    given = sum(tensor.numel() for tensor in reference) * size
-    if problem.case.mode == "training":  # y, which is computed but not returned, and the states
-        given += problem.dy.numel() * size
-    return memory.measure(made.call, given)
 
 
 def _time(result: Result, ready: dict[str, Contender], plan: Plan) -> None:
