@@ -324,8 +324,14 @@ __device__ __forceinline__ void backward_first_phase(const BackwardStep<typename
   });
 }
 
+// As kStepBlocks; where a wide kernel would spill with three, two.
+template <class Product, int stages, bool wide>
+constexpr int kBackwardBlocks =
+    wide && kNeedsMoreRegisters ? 2 : kStepBlocks<Product, stages, wide>;
+
 template <class Cell, class Product, int RN, bool wide, bool projected>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<Product, kStages<Cell, projected>, wide>)
+__global__ void __launch_bounds__(kThreads,
+                                  kBackwardBlocks<Product, kStages<Cell, projected>, wide>)
     backward_step(const BackwardStep<typename Product::Data> s) {
   constexpr int NU = kUnitTiles<1, wide>;
   const auto& p = s.p;

@@ -17,6 +17,13 @@ struct WorkspaceWatch {
   void keep(unsigned char* /*begin*/, unsigned char* /*end*/) {}
 };
 
+// Whether kernels that fit into the registers of other architectures need a few more on this one.
+#if __CUDA_ARCH__ >= 1200
+constexpr bool kNeedsMoreRegisters = true;
+#else
+constexpr bool kNeedsMoreRegisters = false;
+#endif
+
 // The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* block_memory() {
   extern __shared__ __align__(16) unsigned char memory[];

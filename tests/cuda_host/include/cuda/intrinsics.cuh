@@ -21,6 +21,8 @@ struct WorkspaceWatch {
   void keep(unsigned char* begin, unsigned char* end) { cuda_host::keep_gap(begin, end); }
 };
 
+constexpr bool kNeedsMoreRegisters = false;
+
 inline unsigned char* block_memory() { return cuda_host::block_memory(); }
 
 // Plain accesses after which another thread may go on; a test may drop them.
