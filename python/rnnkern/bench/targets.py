@@ -17,7 +17,9 @@ from rnnkern.bench.result import Result
 LATENCY = 15.0
 """Microseconds wanted for one step of one row at H = 64, at most."""
 MEASURABLE_MB = 4.0
-"""Less memory than this is not compared: the readings are exact to some hundred kB."""
+"""Less memory than this is not compared."""
+RESOLUTION_MB = 0.1
+"""Less than this counts as this much."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _memory(result: Result) -> float | None:
     theirs, ours = result.memory.get(THEIRS), result.memory.get(OURS)
     if not theirs or not ours or theirs.beyond_mb < MEASURABLE_MB:
         return None
-    return theirs.beyond_mb / max(ours.beyond_mb, 1e-3)
+    return theirs.beyond_mb / max(ours.beyond_mb, RESOLUTION_MB)
 
 
 def _plain(cell: str, mode: str, rows: str = "any") -> Callable[[Case], bool]:
