@@ -49,7 +49,7 @@ def test_tf32_where_torch_uses_it(
 
 # ---- who multiplies -----------------------------------------------------------------------------
 class Blas:
-    """What stands for cuBLAS, with a handle for each thread as torch has them."""
+    """What stands for cuBLAS, with a new handle for each product."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -57,8 +57,9 @@ class Blas:
         self.cublas = Cublas(library, self._handle)
 
     def _handle(self) -> int:
-        self.handles.append(ctypes.c_int(-1))
-        return ctypes.addressof(self.handles[-1])
+        handle = ctypes.c_int(-1)
+        self.handles.append(handle)
+        return ctypes.addressof(handle)
 
     def products(self) -> tuple[int, int]:
         """Return how many there were so far: exact, and with TF32."""

@@ -162,10 +162,10 @@ def test_calls_from_several_threads(device: str, name: str, training: bool) -> N
     module = MODULES[name](24, 48, bidirectional=True).to(device)
     xs = [torch.randn(20, B, 24).to(device) for B in (1, 3, 8, 17)[:THREADS]]
     calls = [partial(results, module, x, training) for x in xs]
-    wanted = [call() for call in calls]
-    if device != "cpu":
-        torch.cuda.synchronize()
     with tf32(products=True):
+        wanted = [call() for call in calls]
+        if device != "cpu":
+            torch.cuda.synchronize()
         with cuda_extension(*load_cuda()):
             for found, alone in zip(together(calls, device, 5), wanted, strict=True):
                 for one in found:

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
-SIZES = [(1, 1, 1), (7, 33, 1), (1, 7, 33), (300, 513, 130)]
+SIZES = [(1, 1, 1), (7, 33, 1), (1, 7, 33), (300, 513, 130), (320, 512, 128)]
 wishes = pytest.mark.parametrize("wish", [False, True], ids=["exact", "tf32"])
 
 
@@ -44,8 +44,9 @@ def test_products(wish: bool, sizes: tuple[int, int, int]) -> None:
     limit = 2e-3 if rounds else 1e-5
     with tf32(products=not wish):
         found = multiplies.linear(a, w, b)
-        assert error(found, product + b) < limit
-        if rounds and K > 100:
+        largest = (a.abs() @ w.abs().t() + b.abs()).max()  # of what is summed
+        assert (found - (product + b)).abs().max() < limit * largest
+        if rounds and sizes == (320, 512, 128):  # aligned as tensor cores want it
             assert error(found, product + b) > 1e-5
         assert error(multiplies.linear(a, w), product) < limit
         out = torch.full((M + 2, N), torch.nan, device="cuda")

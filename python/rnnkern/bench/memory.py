@@ -107,14 +107,15 @@ class Process:
         Returns
         -------
         Memory or None
-            None where the system does not tell, or ends the process for want of memory.
+            None where the system does not tell, lets no such process start, or ends it for want of
+            memory.
         """
-        if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
         try:
+            if self._pool is None:
+                spawn = multiprocessing.get_context("spawn")
+                self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
             return self._pool.submit(_measure, case, name, threads).result()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, OSError, ImportError, NotImplementedError):
             self._end()
             return None
 
