@@ -36,10 +36,6 @@ using Clock = std::chrono::steady_clock;
 constexpr int kSpins = 2000;
 // A yield that takes longer has let another thread run for about a time slice.
 constexpr auto kLongYield = std::chrono::microseconds(500);
-// After so many in a row, somebody is taken to want this CPU who never waits,
-constexpr int kLongYields = 3;
-// and so many waits end in sleep before it is tried again.
-constexpr int kSleeps = 64;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -74,20 +70,13 @@ void wake_all(std::atomic<uint32_t>& word) {
 #endif
 }
 
-// A thread's experience of its CPU.
-struct Patience {
-  int long_yields = 0;  // the last ones in a row
-  int sleeps = 0;       // that are left
-};
 thread_local Patience patience;
 
 // Lets others run; notes whether they did.
 void offer_cpu() {
   const Clock::time_point before = Clock::now();
   yield();
-  patience.long_yields = Clock::now() - before > kLongYield ? patience.long_yields + 1 : 0;
-  if (patience.long_yields < kLongYields) return;
-  patience = {0, kSleeps};
+  patience.yielded(Clock::now() - before > kLongYield);
 }
 
 std::atomic<bool> sleeps_at_once{false};
@@ -120,11 +109,10 @@ void Barrier::wait() {
     relax();
   }
   while (waits()) {
-    if (!at_once && patience.sleeps == 0) {
+    if (!at_once && !patience.sleeps()) {
       offer_cpu();
       continue;
     }
-    patience.sleeps = std::max(0, patience.sleeps - 1);
     sleepers_.fetch_add(1);
     sleep_while(epoch_, epoch);
     sleepers_.fetch_sub(1);

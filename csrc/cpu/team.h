@@ -10,7 +10,7 @@
 // returns at once where nobody does, and soon where another team takes it that will wait in turn.
 // Where a thread takes it that never waits, a time slice is gone, and this one is away when the
 // others come back: teams that go on so lose a slice at every barrier. So after a few such offers
-// it sleeps instead, and is woken ahead of those that never do. Sleeping always would be worse
+// it sleeps instead, until the last of its team has come. Sleeping always would be worse
 // beside another team: the scheduler may then put both threads of a team on one CPU.
 #pragma once
 
@@ -18,6 +18,24 @@
 #include <cstdint>
 
 namespace rnnkern {
+
+// Whether a thread that waits long sleeps, by what its yields have cost it: after kLongYields long
+// ones in a row somebody is taken to want its CPU who never waits, and kSleeps waits end in sleep
+// before a yield is tried again.
+class Patience {
+ public:
+  static constexpr int kLongYields = 3, kSleeps = 64;
+  void yielded(bool was_long) {
+    in_a_row_ = was_long ? in_a_row_ + 1 : 0;
+    if (in_a_row_ < kLongYields) return;
+    in_a_row_ = 0;
+    sleeps_left_ = kSleeps;
+  }
+  bool sleeps() { return sleeps_left_ > 0 && sleeps_left_-- > 0; }
+
+ private:
+  int in_a_row_ = 0, sleeps_left_ = 0;
+};
 
 class Barrier {
  public:

@@ -180,12 +180,9 @@ def torchs_cublas() -> Cublas | None:
 
 def _operand(t: Tensor) -> tuple[Tensor, int, int]:
     """Return a matrix, copied if it must be, whether it lies by columns, and the stride between."""
-    rows, columns = t.shape
-    for turned, (step, stride, width) in enumerate(
-        ((t.stride(1), t.stride(0), columns), (t.stride(0), t.stride(1), rows))
-    ):
-        count = columns if turned else rows  # of what is `stride` apart
-        stride = width if count == 1 else stride
-        if (step == 1 or width == 1) and width <= stride <= _MOST:
+    for turned, lying in enumerate((t, t.t())):
+        rows, width = lying.shape
+        stride = width if rows == 1 else lying.stride(0)
+        if (width == 1 or lying.stride(1) == 1) and width <= stride <= _MOST:
             return t, turned, stride
-    return t.contiguous(), 0, columns
+    return t.contiguous(), 0, t.shape[1]

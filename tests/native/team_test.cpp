@@ -9,10 +9,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <random>
 #include <thread>
 #include <vector>
@@ -283,6 +285,49 @@ void check_barrier(int size, bool asleep) {
   std::printf("FAILED: barrier of %d, %s\n", size, asleep ? "asleep" : "awake");
 }
 
+// Sleep comes after three long yields in a row, for 64 waits, and then not before as many again.
+void check_patience() {
+  Patience patience;
+  bool good = !patience.sleeps();
+  for (int again = 0; again < 2; ++again) {
+    for (const bool was_long : {true, true, false, true, true}) patience.yielded(was_long);
+    good = good && !patience.sleeps();
+    patience.yielded(true);
+    for (int wait = 0; wait < 64; ++wait) good = good && patience.sleeps();
+    good = good && !patience.sleeps();
+  }
+  if (good) return;
+  ++failures;
+  std::printf("FAILED: patience\n");
+}
+
+#if defined(__linux__)
+double thread_seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// A thread that sleeps at a barrier takes next to none of its CPU's time meanwhile.
+void check_sleep() {
+  Barrier barrier(2);
+  double used = 0;
+  sleep_at_once(true);
+  std::thread sleeper([&] {
+    const double before = thread_seconds();
+    barrier.wait();
+    used = thread_seconds() - before;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  barrier.wait();
+  sleeper.join();
+  sleep_at_once(false);
+  if (used < 0.02) return;
+  ++failures;
+  std::printf("FAILED: a thread that slept for 0.2 s ran for %.3f\n", used);
+}
+#endif
+
 // How often each way to split the work was taken.
 struct Coverage {
   int by_unit = 0, by_row = 0, by_direction = 0, mixed = 0;
@@ -352,6 +397,10 @@ int main(int argc, char** argv) {
   for (const bool asleep : {false, true}) {
     for (const int size : {1, 2, 3, 8}) check_barrier(size, asleep);
   }
+  check_patience();
+#if defined(__linux__)
+  check_sleep();
+#endif
   rnnkern::allow_oversubscription(true);  // teams larger than the machine
   std::vector<const char*> isas(argv + 1, argv + argc);
   for (int i = 0; argc == 1 && supported_isa(i); ++i) isas.push_back(supported_isa(i));

@@ -114,8 +114,13 @@ class Process:
             if self._pool is None:
                 spawn = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
-            return self._pool.submit(_measure, case, name, threads).result()
-        except (BrokenProcessPool, OSError, ImportError, NotImplementedError):
+            found = self._pool.submit(_measure, case, name, threads)
+        except (OSError, ImportError, NotImplementedError):  # the last two: without semaphores
+            self._end()
+            return None
+        try:
+            return found.result()
+        except BrokenProcessPool:
             self._end()
             return None
 
