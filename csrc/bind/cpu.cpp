@@ -91,6 +91,7 @@ py::list cells() {
     d["last_phase"] = info.last_phase;
     d["extra"] = extra_name(info.extra);
     d["projects"] = info.projects;
+    d["recovers"] = info.recovers;
     list.append(d);
   }
   return list;

@@ -76,8 +76,8 @@ ForwardProblem<T> forward_problem(const py::tuple& seq, const py::tuple& sizes, 
   return p;
 }
 
-// Sizes as above, then dinput; directions (reverse, R, W_hr, gates, h_prev, saved, dy, dhn, dcn,
-// dh0, dc0, dreset_h, dreset_c, W, dW, dR, db_ih, db_hh, dW_hr, dx, extra, dh)
+// Sizes as above, then dinput; directions (reverse, R, W_hr, gates, h_prev, saved, h0, reset_h, dy,
+// dhn, dcn, dh0, dc0, dreset_h, dreset_c, W, dW, dR, db_ih, db_hh, dW_hr, dx, extra, dh)
 template <class T, class A = T>
 BackwardProblem<T, A> backward_problem(const py::tuple& seq, const py::tuple& sizes,
                                        const py::tuple& directions) {
@@ -93,15 +93,17 @@ BackwardProblem<T, A> backward_problem(const py::tuple& seq, const py::tuple& si
                 pointer<const T>(t[4]),
                 pointer<const T>(t[5]),
                 pointer<const T>(t[6]),
-                {pointer<const T>(t[7]), pointer<const T>(t[8])},
-                {pointer<A>(t[11]), pointer<A>(t[12])},
-                {pointer<T>(t[9]), pointer<T>(t[10])},
-                pointer<const T>(t[13]),
-                {pointer<A>(t[14]), pointer<A>(t[15]), pointer<A>(t[16]), pointer<A>(t[17]),
-                 pointer<A>(t[18])},
-                pointer<T>(t[19]),
-                pointer<T>(t[20]),
-                pointer<T>(t[21])};
+                pointer<const T>(t[7]),
+                pointer<const T>(t[8]),
+                {pointer<const T>(t[9]), pointer<const T>(t[10])},
+                {pointer<A>(t[13]), pointer<A>(t[14])},
+                {pointer<T>(t[11]), pointer<T>(t[12])},
+                pointer<const T>(t[15]),
+                {pointer<A>(t[16]), pointer<A>(t[17]), pointer<A>(t[18]), pointer<A>(t[19]),
+                 pointer<A>(t[20])},
+                pointer<T>(t[21]),
+                pointer<T>(t[22]),
+                pointer<T>(t[23])};
   }
   return p;
 }

@@ -51,8 +51,8 @@ class Stack {
   }
 
   // One layer in training: the results, and a tuple of what backward needs of it, which is None if
-  // nothing has a gradient. That is gates, h_prev and saved or None, in one dimension each, or one
-  // after another in one tensor if they are small.
+  // nothing has a gradient. That is gates, h_prev and saved, None for those that are empty, in one
+  // dimension each, or one after another in one tensor if they are small.
   py::object forward(py::handle input, py::handle states, py::handle weights) const {
     return run_forward(
         input, states, weights, [&](const Operands& o, auto& f, const py::tuple& results) {
@@ -96,9 +96,11 @@ class Stack {
   // to the system at every free.
   static constexpr int64_t kOneTensor = 1 << 20;  // bytes
 
+  template <class T>
   Kept kept_of(const PaddedSizes& s) const {
     const int64_t N = s.T * s.B * s.D;
-    return {N * info_.gates * s.H, N * s.P, N * info_.saved * s.H};
+    const int64_t states = info_.template keeps_h_prev<T>(s.P != s.H) ? N * s.P : 0;
+    return {N * info_.gates * s.H, states, N * info_.saved * s.H};
   }
 
   static int64_t state_width(const PaddedSizes& s, int k) { return k == 0 ? s.P : s.H; }
@@ -234,39 +236,47 @@ class Stack {
 
   template <class T>
   py::tuple set_kept(const Operands& o, PaddedForward<T>& f) const {
-    const Kept n = kept_of(o.sizes);
+    const Kept n = kept_of<T>(o.sizes);
     const bool one = n.all() * static_cast<int64_t>(sizeof(T)) <= kOneTensor;
     py::tuple kept(one ? 1 : 3);
+    void* data[3] = {};
     const auto add = [&](size_t i, int64_t elements) {
-      void* data = nullptr;
-      kept[i] = elements ? make(o.kind, {elements}, data) : py::none();
-      return static_cast<T*>(data);
+      kept[i] = elements ? make(o.kind, {elements}, data[i]) : py::none();
     };
-    f.gates = add(0, one ? n.all() : n.gates);
-    f.h_prev = one ? f.gates + n.gates : add(1, n.h_prev);
-    f.saved = one ? f.h_prev + n.h_prev : add(2, n.saved);
+    add(0, one ? n.all() : n.gates);
+    if (!one) add(1, n.h_prev);
+    if (!one) add(2, n.saved);
+    set_parts<T>(n, data, one, f);
     return kept;
+  }
+
+  // Where each part lies in data's one block or three; null if it is empty.
+  template <class T, class Parts>
+  static void set_parts(const Kept& n, void* const* data, bool one, Parts& parts) {
+    T* rest = static_cast<T*>(data[0]);
+    const auto next = [&](size_t i, int64_t elements) -> T* {
+      if (!elements || !one) return static_cast<T*>(data[i]);
+      T* part = rest;
+      rest += elements;
+      return part;
+    };
+    parts.gates = next(0, n.gates);
+    parts.h_prev = next(1, n.h_prev);
+    parts.saved = next(2, n.saved);
   }
 
   // The same for backward; false if they are unusual.
   template <class T>
   bool gather_kept(PyObject* const* kept, size_t count, const Operands& o,
                    PaddedBackward<T>& b) const {
-    const Kept n = kept_of(o.sizes);
+    const Kept n = kept_of<T>(o.sizes);
+    const bool one = count == 1;
+    const int64_t elements[] = {one ? n.all() : n.gates, n.h_prev, n.saved};
     void* data[3] = {};
-    if (count == 1) {
-      if (!gather_one(kept[0], o, {n.all()}, data[0])) return false;
-      b.gates = static_cast<const T*>(data[0]);
-      b.h_prev = b.gates + n.gates;
-      b.saved = b.h_prev + n.h_prev;
-      return true;
+    for (size_t i = 0; i < count; ++i) {
+      if (elements[i] && !gather_one(kept[i], o, {elements[i]}, data[i])) return false;
     }
-    if (!gather_one(kept[0], o, {n.gates}, data[0]) || !gather_one(kept[1], o, {n.h_prev}, data[1]))
-      return false;
-    if (n.saved && !gather_one(kept[2], o, {n.saved}, data[2])) return false;
-    b.gates = static_cast<const T*>(data[0]);
-    b.h_prev = static_cast<const T*>(data[1]);
-    b.saved = static_cast<const T*>(data[2]);
+    set_parts<T>(n, data, one, b);
     return true;
   }
 
@@ -304,6 +314,10 @@ class Stack {
       return py::none();
     py::object copies[1 + kMaxStates];
     void* data = nullptr;
+    if (!saved[1].is_none()) {
+      if (!gather_one(saved[1].ptr(), o, {s.D, s.B, s.P}, data)) return py::none();
+      b.h0 = static_cast<const T*>(data);
+    }
     if (!gather_gradient(dy, o, {s.T, s.B, s.D * s.P}, &b.dy_batch_first, data, copies[0]))
       return py::none();
     b.dy = static_cast<const T*>(data);

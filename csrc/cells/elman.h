@@ -12,6 +12,12 @@ struct ElmanBase {
   static constexpr int first[] = {0, 1};
   static constexpr Extra extra = Extra::none;
   static constexpr bool projects = false;
+  static constexpr bool recovers = true;
+
+  template <class V>
+  RNNKERN_HD static V recover(const V* gate_before, const V*) {
+    return gate_before[0];
+  }
 };
 
 struct ElmanTanh : ElmanBase {

@@ -17,6 +17,7 @@ struct Gru {
   static constexpr int first[] = {0, 3};
   static constexpr Extra extra = Extra::recurrent_gradient;
   static constexpr bool projects = false;
+  static constexpr bool recovers = false;
 
   template <int phase, class V>
   RNNKERN_HD static void forward(ForwardUnit<Gru, V>& u) {
@@ -46,6 +47,7 @@ struct GruResetBefore {
   static constexpr int first[] = {0, 2, 3};
   static constexpr Extra extra = Extra::operand;
   static constexpr bool projects = false;
+  static constexpr bool recovers = false;
 
   template <int phase, class V>
   RNNKERN_HD static void forward(ForwardUnit<GruResetBefore, V>& u) {

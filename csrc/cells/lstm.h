@@ -14,6 +14,7 @@ struct Lstm {
   static constexpr int first[] = {0, 4};
   static constexpr Extra extra = Extra::output;
   static constexpr bool projects = true;
+  static constexpr bool recovers = true;
 
   template <int phase, class V>
   RNNKERN_HD static void forward(ForwardUnit<Lstm, V>& u) {
@@ -41,6 +42,11 @@ struct Lstm {
     u.dprev[0] = V(0);
     u.dprev[1] = dc * f;
     u.extra = o * tanh_c;
+  }
+
+  template <class V>
+  RNNKERN_HD static V recover(const V* gate_before, const V* saved) {
+    return gate_before[3] * tanh(saved[0]);
   }
 };
 

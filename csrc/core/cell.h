@@ -14,6 +14,10 @@
 //   first     F+1 gate indices: phase p owns the gates [first[p], first[p+1])
 //   extra     what else backward hands out per unit and step (see Extra)
 //   projects  whether h may be projected (Sak et al. 2014): h' must enter by products alone
+//   recovers  whether h', unprojected, follows from what is kept anyway: of the activated gates of
+//             the step before and of what forward saved in this one, recover() makes it. Then
+//             backward must use h' in products alone, and the CPU keeps no h', unless it keeps what
+//             h' follows from in a narrower type, whose rounding h' would have thrice
 //
 // One step runs its phases in order. Phase p multiplies its operand by the recurrent rows of its
 // own gates, r = R·operand + b, and then calls forward<p> on every unit. The operand of phase 0 is

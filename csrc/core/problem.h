@@ -64,7 +64,7 @@ struct ForwardDirection {
   const T* reset[kMaxStates];    // state before a reset step: [B,P], [B,H], or null: zero
   T* final[kMaxStates];          // hn [B,P], cn [B,H]
   T* y;                          // this direction's part of [N,D,P]
-  T* h_prev;                     // [N,P] out, in training: h' of every step; else null
+  T* h_prev;                     // [N,P] out, in training: h' of every step; null: not kept
   T* saved;                      // [N,K,H] out, in training; else null
 };
 
@@ -96,8 +96,9 @@ struct BackwardDirection {
   const T* R;                   // [G,H,P]
   const T* W_hr;                // [P,H], or null
   const T* gates;               // this direction's part of [N,D,G,H], activated
-  const T* h_prev;              // [N,P]
+  const T* h_prev;              // [N,P]; on the CPU null where it is recovered (keeps_h_prev)
   const T* saved;               // [N,K,H]
+  const T *h0, *reset_h;        // as in forward (CPU, to recover h')
   const T* dy;                  // this direction's part of [N,D,P]; null: zero
   const T* dfinal[kMaxStates];  // dhn [B,P], dcn [B,H]; null: zero
   A* dreset[kMaxStates];        // [B,P], [B,H], added to; or null: dropped

@@ -16,6 +16,8 @@ namespace {
 template <class Cell, class T>
 class BackwardLoop {
   static constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved, F = Cell::phases;
+  static constexpr bool kUsesHPrev = !Cell::projects && !Cell::recovers;  // besides in products
+  static constexpr bool kRecovers = Gradients<Cell, T>::kRecovers;
   using A = Accumulator<T>;
   using P = Pack<A>;
 
@@ -213,7 +215,7 @@ class BackwardLoop {
     const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
     for (int g = 0; g < G; ++g) prefetch(io.gates + (row * p_.D * G + g) * H + u, count);
     for (int k = 0; k < K; ++k) prefetch(io.saved + (row * K + k) * H + u, count);
-    if (!Cell::projects) prefetch(io.h_prev + row * p_.P + u, count);
+    if (kUsesHPrev) prefetch(io.h_prev + row * p_.P + u, count);
     if (io.dy) prefetch(io.dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, count);
   }
 
@@ -272,9 +274,30 @@ class BackwardLoop {
     unit.dnext[0] = dh;
     if (S == 2) unit.dnext[S - 1] = dc;
     Cell::template backward<F - 1>(unit);
-    if (Cell::extra != Extra::none) store(s.gradients.extra(step.t, j) + u, unit.extra, n);
+    if (s.gradients.has_extra()) store(s.gradients.extra(step.t, j) + u, unit.extra, n);
+    if constexpr (kRecovers) {
+      if (!projects_) {
+        store(s.gradients.h_prev(step.t, j) + u, recover(d, step, j, u, n, unit.saved), n);
+      }
+    }
     if (F == 2) store(s.dh.row(j) + u, dh, n);
     store_gradients<F - 1>(d, step, j, u, n, unit);
+  }
+
+  // h' of a step: what forward's put_state, or set_initial, let it start from.
+  RNNKERN_INLINE P recover(int d, const Step& step, int64_t j, int64_t u, int n, const P* saved) {
+    const BackwardDirection<T, A>& io = p_.dir[d];
+    const int64_t before = io.reverse ? step.t + 1 : step.t - 1;  // in forward's order
+    const bool begins = io.reverse ? before == p_.seq.T || j >= p_.seq.rows_at(before) : before < 0;
+    const bool reset = !(begins && io.reverse) && p_.seq.reset_at(maximum(step.t, before), j);
+    if (begins || reset) {
+      const T* from = reset ? io.reset_h : io.h0;
+      return from ? load(from + p_.seq.batch_row(j) * p_.P + u, n) : P(A(0));
+    }
+    P gate[G];
+    const int64_t row = p_.seq.data_row(p_.x_rows, before, j);
+    for (int g = 0; g < G; ++g) gate[g] = load(io.gates + (row * p_.D * G + g) * p_.H + u, n);
+    return Cell::recover(gate, saved);
   }
 
   // Phase 0 of a two-phase cell.
@@ -299,7 +322,7 @@ class BackwardLoop {
     BackwardUnit<Cell, P> unit;
     for (int g = 0; g < G; ++g) unit.gate[g] = load(io.gates + (row * p_.D * G + g) * H + u, n);
     for (int k = 0; k < K; ++k) unit.saved[k] = load(io.saved + (row * K + k) * H + u, n);
-    if (!Cell::projects) unit.h_prev = load(io.h_prev + row * p_.P + u, n);
+    if (kUsesHPrev) unit.h_prev = load(io.h_prev + row * p_.P + u, n);
     return unit;
   }
 

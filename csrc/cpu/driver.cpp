@@ -25,9 +25,9 @@ namespace {
 
 template <class Cell>
 constexpr CellInfo info() {
-  return {Cell::name,  Cell::gates,   Cell::states,
-          Cell::saved, Cell::phases,  Cell::first[Cell::phases - 1],
-          Cell::extra, Cell::projects};
+  return {Cell::name,  Cell::gates,    Cell::states,
+          Cell::saved, Cell::phases,   Cell::first[Cell::phases - 1],
+          Cell::extra, Cell::projects, Cell::recovers};
 }
 
 constexpr CellInfo cells[] = {
@@ -233,6 +233,8 @@ Status run_forward(int cell, const ForwardProblem<T>& problem, int threads) {
 template <class T>
 Status run_backward(int cell, const CpuBackwardProblem<T>& problem, int threads) {
   return with_kernels<T>(cell, problem, [&](const CellKernels<T>& own) {
+    const bool keeps = cells[cell].template keeps_h_prev<T>(problem.dir[0].W_hr);
+    if (keeps && !problem.dir[0].h_prev) return Status::bad_problem;
     prepare_outputs(cells[cell], problem);
     return run(own.backward, problem, threads);
   });

@@ -1,6 +1,8 @@
 // The CPU backend as the bindings see it: ISAs, cells, and one call for each layer and pass.
 #pragma once
 
+#include <type_traits>
+
 #include "core/cell.h"
 #include "core/problem.h"
 #include "core/status.h"
@@ -14,7 +16,13 @@ struct CellInfo {
   int gates, states, saved, phases;
   int last_phase;  // the first gate of the last phase
   Extra extra;
-  bool projects;
+  bool projects, recovers;
+
+  // Whether forward keeps h' of data of type T for backward, with a projection or without.
+  template <class T>
+  bool keeps_h_prev(bool projection) const {
+    return projection || !recovers || !std::is_same_v<T, Accumulator<T>>;
+  }
 };
 
 int cell_count();

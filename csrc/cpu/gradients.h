@@ -2,10 +2,10 @@
 //
 //   dinput = dx·W,  dW = Σ dxᵀ·input,  dR = Σ drᵀ·h',  db = Σ dx and Σ dr,  dW_hr = Σ dhᵀ·m
 //
-// The time loop writes dx of a chunk (and what else its cell hands out, see Extra) into small
-// buffers, and these products read them while they are in cache; nothing of them grows with T. The
-// sums run over the chunks in the order of the loop, and chunks depend on the sizes alone, so the
-// results do not depend on the number of threads.
+// The time loop writes dx of a chunk (and what else its cell hands out, see Extra; and h' if it is
+// recovered) into small buffers, and these products read them while they are in cache; nothing of
+// them grows with T. The sums run over the chunks in the order of the loop, and chunks depend on
+// the sizes alone, so the results do not depend on the number of threads.
 #pragma once
 
 #include "cpu/loop.h"
@@ -27,13 +27,16 @@ class Gradients {
   static constexpr int64_t kPiece = 64;
 
  public:
+  static constexpr bool kRecovers = Cell::recovers && std::is_same_v<T, A>;  // h', unprojected
+
   Gradients() = default;
   Gradients(const CpuBackwardProblem<T>& p, int d, int threads, Carver& carver)
       : p_(&p), io_(&p.dir[d]) {
     const int64_t B = p.seq.B, bytes = G * p.H * static_cast<int64_t>(sizeof(T));
     steps_ = clamp(clamp(kChunkBytes / bytes, kLeastRows, kMostRows) / B, 1, p.seq.T);
     dx_ = Matrix<T>::carve(carver, steps_ * B, G * p.H);
-    if (Cell::extra != Extra::none) extra_ = Matrix<T>::carve(carver, steps_ * B, p.H);
+    if (has_extra()) extra_ = Matrix<T>::carve(carver, steps_ * B, p.H);
+    if (kRecovers && !io_->W_hr) h_prev_ = Matrix<T>::carve(carver, steps_ * B, p.H);
     if (io_->W_hr) dh_ = Matrix<T>::carve(carver, steps_ * B, p.P);
     if (p.dinput) {
       W_ = {G * p.H, p.I};
@@ -57,6 +60,9 @@ class Gradients {
   }
 
   int64_t steps() const { return steps_; }  // of a chunk
+  RNNKERN_INLINE bool has_extra() const {
+    return Cell::extra != Extra::none && (Cell::extra != Extra::output || io_->W_hr);
+  }
 
   // This thread's part of what comes before the first chunk.
   void prepare(const Place& place) {
@@ -93,11 +99,13 @@ class Gradients {
     };
     clear(dx_);
     clear(extra_);
+    clear(h_prev_);
     clear(dh_);
   }
 
   RNNKERN_INLINE T* dx(int64_t t, int64_t j) const { return dx_.row(local_row(t, j)); }
   RNNKERN_INLINE T* extra(int64_t t, int64_t j) const { return extra_.row(local_row(t, j)); }
+  RNNKERN_INLINE T* h_prev(int64_t t, int64_t j) const { return h_prev_.row(local_row(t, j)); }
   RNNKERN_INLINE T* dh(int64_t t, int64_t j) const { return dh_.row(local_row(t, j)); }
 
   // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
@@ -105,10 +113,11 @@ class Gradients {
     if (p_->dinput) multiply(place, scratch);
     const int64_t H = p_->H, gates = G * H;
     const WeightGradients<A>& s = sums_;
-    OuterProblem<T, A> sums{count_,
-                            index % kPiece != 0,
-                            {{p_->I, p_->input, p_->I, rows_}, {p_->P, io_->h_prev, p_->P, rows_}},
-                            {}};
+    const RowMap of_chunk{0, 1, 1, 0};
+    const Factor h_prev = h_prev_.data ? Factor{p_->H, h_prev_.data, h_prev_.ld, of_chunk}
+                                       : Factor{p_->P, io_->h_prev, p_->P, rows_};
+    OuterProblem<T, A> sums{
+        count_, index % kPiece != 0, {{p_->I, p_->input, p_->I, rows_}, h_prev}, {}};
     // What belongs to the last gates, from `last` on, may have a factor of its own.
     const int64_t last = Cell::extra == Extra::recurrent_gradient ? gates - H
                          : Cell::extra == Extra::operand ? Cell::first[Cell::phases - 1] * H
@@ -118,7 +127,7 @@ class Gradients {
     A *last_db_ih = from(s.db_ih, 1), *last_db_hh = from(s.db_hh, 1);
     sums.part[0] = {last, dx_.data, dx_.ld, {s.dW, s.dR}, {s.db_ih, s.db_hh}};
     Part dx_of_last{gates - last, dx_.data + last, dx_.ld, {last_dW}, {last_db_ih}};
-    const Factor extra{H, extra_.data, extra_.ld, {0, 1, 1, 0}};
+    const Factor extra{H, extra_.data, extra_.ld, of_chunk};
     if (Cell::extra == Extra::recurrent_gradient) {
       sums.part[1] = dx_of_last;
       sums.part[2] = {H, extra_.data, extra_.ld, {nullptr, last_dR}, {last_db_hh}};
@@ -200,9 +209,9 @@ class Gradients {
 
   const CpuBackwardProblem<T>* p_ = nullptr;
   const BackwardDirection<T, A>* io_ = nullptr;
-  Weights<T, 1> W_;            // transposed
-  bool in_pieces_ = false;     // see is_one_chunk
-  Matrix<T> dx_, extra_, dh_;  // [rows of a chunk, G·H], [.., H], [.., P]
+  Weights<T, 1> W_;                     // transposed
+  bool in_pieces_ = false;              // see is_one_chunk
+  Matrix<T> dx_, extra_, h_prev_, dh_;  // [rows of a chunk, G·H], [.., H], [.., H], [.., P]
   T* dinput_ = nullptr;
   WeightGradients<A> sums_{};  // of the present piece
   Rows local_{};               // rows of the chunk's buffers, from first_ on

@@ -83,7 +83,7 @@ ForwardProblem<T> layer_problem(const CellInfo& cell, const PaddedForward<T>& f,
     }
     if (!p.training) continue;
     io.x = f.gates + d * cell.gates * s.H;
-    io.h_prev = f.h_prev + d * N * s.P;
+    if (f.h_prev) io.h_prev = f.h_prev + d * N * s.P;
     io.saved = f.saved + d * N * cell.saved * s.H;
   }
   return p;
@@ -145,7 +145,8 @@ Status run_padded_backward(int cell, const PaddedBackward<T>& b, int threads) {
     io.R = w.R;
     io.W_hr = w.W_hr;
     io.gates = b.gates + d * info.gates * s.H;
-    io.h_prev = b.h_prev + d * N * s.P;
+    if (b.h_prev) io.h_prev = b.h_prev + d * N * s.P;
+    if (b.h0) io.h0 = b.h0 + d * s.B * s.P;
     io.saved = b.saved + d * N * info.saved * s.H;
     if (b.dy) io.dy = b.dy + d * s.P;
     for (int k = 0; k < kMaxStates; ++k) {

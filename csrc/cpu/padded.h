@@ -34,7 +34,7 @@ struct PaddedForward {
   T* final[kMaxStates];          // hn, cn
   // In training, which runs one layer; else null. The first two indices in the input's order.
   T* gates;   // [T,B,D,G,H]
-  T* h_prev;  // [D] of [T,B,P]
+  T* h_prev;  // [D] of [T,B,P], or null (CellInfo::keeps_h_prev)
   T* saved;   // [D] of [T,B,K,H]
 };
 
@@ -45,6 +45,7 @@ struct PaddedBackward {
   const T* input;
   const T* const* weights;
   const T *gates, *h_prev, *saved;
+  const T* h0;  // [D,B,P]; null: zero
   const T* dy;  // [T,B,D·P], [B,T,D·P] with dy_batch_first; null: zero
   bool dy_batch_first;
   const T* dfinal[kMaxStates];      // dhn, dcn; null: zero

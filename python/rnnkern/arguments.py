@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rnnkern.cells import Cell
@@ -60,7 +61,7 @@ class BackwardInputs(NamedTuple):
     """The arguments of ``layer_backward`` beyond those of the layer."""
 
     gates: Tensor  # [N,D·G·H], activated
-    h_prev: Tensor  # [D,N,P]
+    h_prev: Tensor  # [D,N,P], or [D,N,0] where backward recovers it
     saved: Tensor  # [D,N,K·H]
     dy: Tensor | None  # like y
     dhn: Tensor | None  # [D,B,P]
@@ -104,6 +105,29 @@ def sizes_of(a: LayerInputs, cell: Cell) -> Sizes:
     return Sizes(T, B, N, I, H, P, D, cell.gates)
 
 
-def kept_shapes(s: Sizes, cell: Cell) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of what forward keeps for backward: gates, h_prev and saved."""
-    return (s.N, s.D * s.G * s.H), (s.D, s.N, s.P), (s.D, s.N, cell.saved * s.H)
+class Kept(NamedTuple):
+    """The shapes of what forward keeps for backward."""
+
+    gates: tuple[int, int]
+    h_prev: tuple[int, int, int]
+    saved: tuple[int, int, int]
+
+
+# Where the kernels of backward recover h' if the cell can; on CUDA dR is one GEMM over all of it.
+RECOVERING = frozenset({"cpu", "meta"})
+
+
+def recovers_h_prev(cell: Cell, projects: bool, kept: torch.dtype) -> bool:
+    """Return whether those kernels do, where what is kept has that type."""
+    return cell.recovers and not projects and kept in (torch.float32, torch.float64)
+
+
+def kept_shapes(a: LayerInputs, s: Sizes, cell: Cell, dtype: torch.dtype) -> Kept:
+    """Return the shapes of what a call keeps, in that type, on the input's device."""
+    recovers = a.input.device.type in RECOVERING
+    recovered = recovers and recovers_h_prev(cell, a.w_hr is not None, dtype)
+    return Kept(
+        (s.N, s.D * s.G * s.H),
+        (s.D, s.N, 0 if recovered else s.P),
+        (s.D, s.N, cell.saved * s.H),
+    )

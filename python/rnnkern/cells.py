@@ -23,6 +23,7 @@ class Cell:
     last_phase: int
     extra: str
     projects: bool
+    recovers: bool
 
 
 CELLS: dict[str, Cell] = {

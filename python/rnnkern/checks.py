@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rnnkern.arguments import DIFFERENTIABLE, BackwardInputs, LayerInputs, Sizes, sizes_of
+from rnnkern.arguments import DIFFERENTIABLE, BackwardInputs, Kept, LayerInputs, Sizes, sizes_of
 from rnnkern.cells import Cell
 
 STEERING = ("batch_sizes", "order", "lengths", "resets")
@@ -58,12 +58,12 @@ def check_devices(a: LayerInputs, g: BackwardInputs | None = None) -> None:
 
 
 def check_backward(
-    cell: Cell, s: Sizes, a: LayerInputs, g: BackwardInputs, computed: torch.dtype
+    s: Sizes, a: LayerInputs, g: BackwardInputs, kept: Kept, computed: torch.dtype
 ) -> None:
     """Check the arguments of ``layer_backward`` beyond those of the layer."""
-    for name, width in (("gates", 0), ("h_prev", s.P), ("saved", cell.saved * s.H)):
+    for name, shape in zip(kept._fields, kept, strict=True):
         t = getattr(g, name)
-        _shape(name, t, (s.D, s.N, width) if width or name == "saved" else (s.N, s.D * s.G * s.H))
+        _shape(name, t, shape)
         if t.dtype != computed:
             raise ValueError(f"{name}: expected {computed}, got {t.dtype}")
         if not t.is_contiguous():

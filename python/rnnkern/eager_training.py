@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rnnkern._cpu import Stack
-from rnnkern.arguments import DIFFERENTIABLE
+from rnnkern.arguments import DIFFERENTIABLE, recovers_h_prev
 from rnnkern.cells import CELLS
 
 
@@ -98,9 +98,10 @@ def _general(
     if cell.states == 2 and c0 is None:
         c0 = input.new_zeros(D, B, H)
     rows = T * B * D
-    sizes = [rows * cell.gates * H, rows * P, rows * cell.saved * H]
-    gates, h_prev, saved = kept[0].split(sizes) if len(kept) == 1 else kept
-    saved = input.new_empty(0) if saved is None else saved
+    width = 0 if recovers_h_prev(cell, projection, input.dtype) else P  # of h_prev
+    sizes = [rows * cell.gates * H, rows * width, rows * cell.saved * H]
+    parts = kept[0].split(sizes) if len(kept) == 1 else kept
+    gates, h_prev, saved = (input.new_empty(0) if t is None else t for t in parts)
     count = len(weights) // D
 
     def named(values: Sequence[Any]) -> list[Any]:
@@ -117,7 +118,7 @@ def _general(
         *(cell.name, input, h0, c0, *named(weights)),
         *(None, None, None, None, None, None, stack.batch_first),
         gates.view(T * B, -1),
-        h_prev.view(D, T * B, P),
+        h_prev.view(D, T * B, width),
         saved.view(D, T * B, cell.saved * H),
         *incoming,
         mask,

@@ -72,7 +72,7 @@ def layer(*args: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
         y, hn, *cn = (t.contiguous() for t in reference_layer(a))
     new = a.input.new_zeros
-    kept = (new(shape if save else 0) for shape in kept_shapes(s, cell))
+    kept = (new(shape if save else 0) for shape in kept_shapes(a, s, cell, a.input.dtype))
     return y, hn, cn[0] if cn else new(0), *kept
 
 
@@ -80,7 +80,9 @@ def layer_backward(*args: Any) -> tuple[Tensor, ...]:
     """Run ``rnnkern::layer_backward``, by differentiating the reference; repeats forward."""
     a, g = split(args)
     cell = get_cell(a.cell)
-    check_backward(cell, _checked(a, cell), a, g, a.input.dtype)
+    s = _checked(a, cell)
+    dtype = a.input.dtype
+    check_backward(s, a, g, kept_shapes(a, s, cell, dtype), dtype)
     wanted = [
         name
         for name, on in zip(DIFFERENTIABLE, g.output_mask, strict=True)

@@ -18,6 +18,7 @@ from rnnkern.arguments import (
     BackwardInputs,
     LayerInputs,
     Sizes,
+    kept_shapes,
     split,
 )
 from rnnkern.cells import Cell, get_cell
@@ -118,8 +119,8 @@ def layer(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     new = a.input.new_zeros if steps.ragged else a.input.new_empty
     x = backend.project(a, s, steps, save)
     y = new((s.N, s.D * s.P) if a.batch_sizes is not None else (s.T, s.B, s.D * s.P))
-    h_prev = new((s.D, s.N, s.P) if save else 0)
-    saved = new((s.D, s.N, cell.saved * s.H) if save else 0)
+    kept = kept_shapes(a, s, cell, a.input.dtype)
+    h_prev, saved = (new(shape if save else 0) for shape in (kept.h_prev, kept.saved))
     hn = torch.empty_like(a.h0)
     cn = a.input.new_empty(0) if a.c0 is None else torch.empty_like(a.c0)
     if s.B > 0 and s.H > 0:
@@ -148,9 +149,10 @@ def layer_backward(backend: Backend, *args: Any) -> tuple[Tensor, ...]:
     a, g = split(args)
     cell, dtype = get_cell(a.cell), a.input.dtype
     s = check_layer(a, cell)
-    check_backward(cell, s, a, g, backend.computed(dtype))
+    computed = backend.computed(dtype)
+    check_backward(s, a, g, kept_shapes(a, s, cell, computed), computed)
     steps = backend.steps(a, s)
-    a = _computed(a, backend.computed(dtype))
+    a = _computed(a, computed)
     wanted = dict(zip(DIFFERENTIABLE, g.output_mask, strict=True))
     dy, dhn, dcn = (
         None if t is None else _converted(t, a.input.dtype) for t in (g.dy, g.dhn, g.dcn)
@@ -211,7 +213,7 @@ class Backward(NamedTuple):
                 d == 1,
                 *map(address, (w_hh, w_hr)),
                 g.gates.data_ptr() + d * s.G * s.H * g.gates.element_size(),
-                *(at(t, d) for t in (g.h_prev, g.saved)),
+                *(at(t, d) for t in (g.h_prev, g.saved, a.h0, a.reset_h)),
                 0 if dy is None else dy.data_ptr() + d * s.P * dy.element_size(),
                 *(at(t, d) for t in (dhn, dcn)),
                 *(at(self.out[name], d) for name in ("h0", "c0", "reset_h", "reset_c")),

@@ -63,7 +63,7 @@ def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     cn = new(0) if a.c0 is None else new((s.D, s.B, s.H))
     on_gpu, dtype = a.input.device.type == "cuda", a.input.dtype
     dtype = dtype if on_gpu else cpu.BACKEND.computed(dtype)
-    kept = [new(shape if save else 0, dtype=dtype) for shape in kept_shapes(s, cell)]
+    kept = [new(shape if save else 0, dtype=dtype) for shape in kept_shapes(a, s, cell, dtype)]
     return y, hn, cn, *kept
 
 

@@ -84,7 +84,8 @@ def test_what_is_kept_in_one_tensor_or_in_three(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         found = gradients()
-    assert len(kept) == 5 + (1 if rows == 8 else 2 if name == "RNN" else 3)
+    parts = {"LSTM": 2, "GRU": 3, "RNN": 1}[name]  # gates; h' of a GRU; what the cell saves
+    assert len(kept) == 5 + (1 if rows == 8 else parts)
     with general_way(monkeypatch):
         assert all(map(torch.equal, found, gradients()))
     with monkeypatch.context() as patch:

@@ -116,7 +116,7 @@ class Layer {
         if (form.reset_state) t.dreset[k] = Buffer<A>(size);
       }
       if (!form.training) continue;
-      t.h_prev = Buffer<T>(N_ * P);
+      if (info_.template keeps_h_prev<T>(projects())) t.h_prev = Buffer<T>(N_ * P);
       t.saved = Buffer<T>(N_ * info_.saved * H);
       t.dW = Buffer<A>(G * H * I);
       t.dR = Buffer<A>(G * H * P);
@@ -229,6 +229,8 @@ class Layer {
       io.gates = pointer(gates_) + d * info_.gates * shape_.H;
       io.h_prev = pointer(t.h_prev);
       io.saved = pointer(t.saved);
+      io.h0 = pointer(t.initial[0]);
+      io.reset_h = pointer(t.reset[0]);
       io.dy = dy_.empty() ? nullptr : pointer(dy_) + d * P_;
       for (int k = 0; k < info_.states; ++k) {
         io.dfinal[k] = pointer(t.dfinal[k]);

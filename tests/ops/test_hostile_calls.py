@@ -122,7 +122,7 @@ HOSTILE_FORWARD: dict[str, tuple[Case, str, Change]] = {
 # (case, name in the message, changes to layer_backward's own arguments)
 HOSTILE_BACKWARD: dict[str, tuple[Case, str, dict[str, Any]]] = {
     **{
-        f"{name}_{kind}": (PADDED, name, {name: change})
+        f"{name}_{kind}": (GRU, name, {name: change})
         for name in ("gates", "h_prev", "saved")
         for kind, change in {
             "float32": lambda t: t.float(),
@@ -135,6 +135,7 @@ HOSTILE_BACKWARD: dict[str, tuple[Case, str, dict[str, Any]]] = {
             "transposed": lambda t: t.mT.contiguous().mT,
         }.items()
     },
+    "h_prev_too_wide": (PADDED, "h_prev", {"h_prev": lambda t: t.new_zeros(2, T * B, 41)}),
     "dy_2d": (PADDED, "dy", {"dy": lambda t: t.flatten(0, 1)}),
     "dy_1d": (PADDED, "dy", {"dy": lambda t: t.flatten()}),
     "dy_swapped": (PADDED, "dy", {"dy": lambda t: t.reshape(B, T, -1)}),

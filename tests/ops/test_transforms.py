@@ -168,7 +168,8 @@ def test_a_call_that_saved_nothing_has_gradients(case: Case) -> None:
 def test_saving_changes_no_bit(cell: str, save: bool) -> None:
     args = build(Case(cell, T=6, D=2, lengths=True, resets=True))
     y, hn, cn, gates, h_prev, saved = torch.ops.rnnkern.layer(*args, save)
-    assert [t.numel() > 0 for t in (gates, h_prev)] == [save, save]
+    keeps_h_prev = args.input.is_cuda or not CELLS[cell].recovers  # in float64
+    assert [t.numel() > 0 for t in (gates, h_prev)] == [save, save and keeps_h_prev]
     assert (saved.numel() > 0) == (save and CELLS[cell].saved > 0)
     other = torch.ops.rnnkern.layer(*args, not save)
     for found, wanted in zip((y, hn, cn), other[:3], strict=True):
