@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,14 @@ def test_memory_of_a_contender(mode: str) -> None:
         assert process._pool is not None
         process.measure(Case("lstm", mode, 400, 32, 128), "torch", 1)
         later = process.measure(case, "rnnkern", 1)
-        process._pool.submit(os._exit, 1)
+        ended = process._pool.submit(os._exit, 1)
+        with pytest.raises(BrokenProcessPool):
+            ended.result()
         assert process.measure(case, "rnnkern", 1) is None
         again = process.measure(case, "rnnkern", 1)
     for found in (later, again):
         assert found is not None
-        assert first.beyond_mb == pytest.approx(found.beyond_mb, rel=0.1, abs=0.2)
+        assert first.beyond_mb == pytest.approx(found.beyond_mb, rel=0.1, abs=0.5)
     kept = 6 * y if mode == "training" else 0  # three gates, what they save, h' and y
     assert kept < first.peak_mb < kept + 6
     assert first.peak_mb - first.beyond_mb == pytest.approx(

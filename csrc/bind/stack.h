@@ -92,8 +92,8 @@ class Stack {
     int64_t gates, h_prev, saved;
     int64_t all() const { return gates + h_prev + saved; }
   };
-  // In one tensor below this size; beyond it in three, because glibc hands a block over 32 MiB back
-  // to the system at every free.
+  // In one tensor below this size; beyond it each in its own, because glibc hands a block over
+  // 32 MiB back to the system at every free.
   static constexpr int64_t kOneTensor = 1 << 20;  // bytes
 
   template <class T>

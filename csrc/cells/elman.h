@@ -32,7 +32,6 @@ struct ElmanTanh : ElmanBase {
   RNNKERN_HD static void backward(BackwardUnit<ElmanTanh, V>& u) {
     const V h = u.gate[0];
     u.dx[0] = u.dr[0] = u.dnext[0] * (V(1) - h * h);
-    u.dprev[0] = V(0);
   }
 };
 
@@ -47,7 +46,6 @@ struct ElmanRelu : ElmanBase {
   template <int phase, class V>
   RNNKERN_HD static void backward(BackwardUnit<ElmanRelu, V>& u) {
     u.dx[0] = u.dr[0] = where_positive(u.gate[0], u.dnext[0]);
-    u.dprev[0] = V(0);
   }
 };
 

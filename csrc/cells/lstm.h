@@ -39,7 +39,6 @@ struct Lstm {
     u.dx[1] = u.dr[1] = dc * c_prev * f * (V(1) - f);
     u.dx[2] = u.dr[2] = dc * i * (V(1) - g * g);
     u.dx[3] = u.dr[3] = dh * tanh_c * o * (V(1) - o);
-    u.dprev[0] = V(0);
     u.dprev[1] = dc * f;
     u.extra = o * tanh_c;
   }

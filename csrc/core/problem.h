@@ -98,7 +98,7 @@ struct BackwardDirection {
   const T* gates;               // this direction's part of [N,D,G,H], activated
   const T* h_prev;              // [N,P]; on the CPU null where it is recovered (keeps_h_prev)
   const T* saved;               // [N,K,H]
-  const T *h0, *reset_h;        // as in forward (CPU, to recover h')
+  const T *h0, *reset_h;        // [B,P], forward's; null: zero (CPU, to recover h')
   const T* dy;                  // this direction's part of [N,D,P]; null: zero
   const T* dfinal[kMaxStates];  // dhn [B,P], dcn [B,H]; null: zero
   A* dreset[kMaxStates];        // [B,P], [B,H], added to; or null: dropped

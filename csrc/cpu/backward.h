@@ -16,8 +16,8 @@ namespace {
 template <class Cell, class T>
 class BackwardLoop {
   static constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved, F = Cell::phases;
-  static constexpr bool kUsesHPrev = !Cell::projects && !Cell::recovers;  // besides in products
   static constexpr bool kRecovers = Gradients<Cell, T>::kRecovers;
+  static_assert(F == 1 || h_enters_gates<Cell>, "phase 0 adds to dprev[0] of the last phase");
   using A = Accumulator<T>;
   using P = Pack<A>;
 
@@ -40,7 +40,7 @@ class BackwardLoop {
       s.dr[0] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.dr[1] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.gradients = {p_, d, threads, carver};
-      if (!projects_) s.dh_direct = Matrix<A>::carve(carver, B, H);
+      if (h_enters_gates<Cell>) s.dh_direct = Matrix<A>::carve(carver, B, H);
       if (S == 2) s.dc = Matrix<A>::carve(carver, B, H);
       if (F == 2) {
         s.dr_second = Matrix<T>::carve(carver, B, phase_gates<Cell, F - 1> * H);
@@ -200,7 +200,7 @@ class BackwardLoop {
         step.slot,
         [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
           P dh = P::load(r);
-          if (j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
+          if (h_enters_gates<Cell> && j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
           dh = flow(d, 0, step, j, u, n, dh);
           const P dc = flow_c(d, step, j, u, n);
           if (j < step.rows) last_phase(d, step, j, u, n, dh + load_dy(d, step, j, u, n), dc);
@@ -215,7 +215,7 @@ class BackwardLoop {
     const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
     for (int g = 0; g < G; ++g) prefetch(io.gates + (row * p_.D * G + g) * H + u, count);
     for (int k = 0; k < K; ++k) prefetch(io.saved + (row * K + k) * H + u, count);
-    if (kUsesHPrev) prefetch(io.h_prev + row * p_.P + u, count);
+    if (h_enters_gates<Cell>) prefetch(io.h_prev + row * p_.P + u, count);
     if (io.dy) prefetch(io.dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, count);
   }
 
@@ -322,7 +322,7 @@ class BackwardLoop {
     BackwardUnit<Cell, P> unit;
     for (int g = 0; g < G; ++g) unit.gate[g] = load(io.gates + (row * p_.D * G + g) * H + u, n);
     for (int k = 0; k < K; ++k) unit.saved[k] = load(io.saved + (row * K + k) * H + u, n);
-    if (kUsesHPrev) unit.h_prev = load(io.h_prev + row * p_.P + u, n);
+    if (h_enters_gates<Cell>) unit.h_prev = load(io.h_prev + row * p_.P + u, n);
     return unit;
   }
 
@@ -338,7 +338,7 @@ class BackwardLoop {
       store(dx + g * H, unit.dx[g], n);
       store(dr + (g - g0) * H, unit.dr[g], n);
     }
-    if (!projects_) store(s.dh_direct.row(j) + u, unit.dprev[0], n);
+    if constexpr (h_enters_gates<Cell>) store(s.dh_direct.row(j) + u, unit.dprev[0], n);
     if (S == 2) store(s.dc.row(j) + u, unit.dprev[S - 1], n);
   }
 

@@ -120,7 +120,7 @@ __device__ __forceinline__ void enter_step(const BackwardProblem<T, Accumulator<
                                            Value<Accumulator<T>> dh,
                                            BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
   constexpr int c = Cell::states - 1;
-  if (in.before) dh = dh + unit.dprev[0];
+  if (h_enters_gates<Cell> && in.before) dh = dh + unit.dprev[0];
   unit.dnext[0] = flow(p, d, 0, visit, in, j, u, dh);
   if (c == 1) unit.dnext[c] = flow(p, d, c, visit, in, j, u, unit.dprev[c]);
 }
@@ -144,23 +144,23 @@ __device__ __forceinline__ void fetch_unit(const BackwardProblem<T, Accumulator<
 #pragma unroll
   for (int k = 0; k < Cell::saved; ++k)
     unit.saved[k] = fetch(io.saved + (row * Cell::saved + k) * p.H + u);
-  if (!Cell::projects) unit.h_prev = fetch(io.h_prev + row * p.P + u);
+  if (h_enters_gates<Cell>) unit.h_prev = fetch(io.h_prev + row * p.P + u);
 }
 
 // The gradients of h' and c' that come through no product, between two visits in the workspace.
-template <class Cell, bool projected, class T>
+template <class Cell, class T>
 __device__ __forceinline__ void fetch_direct(const BackwardScratch<T>& scratch, int64_t at,
                                              BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
   using V = Value<Accumulator<T>>;
   constexpr int c = Cell::states - 1;
-  unit.dprev[0] = V(projected ? Accumulator<T>(0) : scratch.dh_direct[at]);
+  if (h_enters_gates<Cell>) unit.dprev[0] = V(scratch.dh_direct[at]);
   if (c == 1) unit.dprev[c] = V(scratch.dc[at]);
 }
-template <class Cell, bool projected, class T>
+template <class Cell, class T>
 __device__ __forceinline__ void put_direct(const BackwardScratch<T>& scratch, int64_t at,
                                            const BackwardUnit<Cell, Value<Accumulator<T>>>& unit) {
   constexpr int c = Cell::states - 1;
-  if (!projected) scratch.dh_direct[at] = unit.dprev[0].v;
+  if (h_enters_gates<Cell>) scratch.dh_direct[at] = unit.dprev[0].v;
   if (c == 1) scratch.dc[at] = unit.dprev[c].v;
 }
 
@@ -196,7 +196,7 @@ __device__ void put_gradients(const BackwardStep<T>& s, int d, int64_t j, int64_
   const BackwardScratch<T>& scratch = s.scratch[d];
   put_dx<Cell, phase>(p, d, data_row(p.seq, p.x_rows, s.visit[d].now, j), u, unit);
   put_dr<Cell, phase>(phase == 0 ? scratch.dr[s.slot ^ 1] : scratch.dr_second, p.H, j, u, unit);
-  put_direct<Cell, projected>(scratch, j * p.H + u, unit);
+  put_direct<Cell>(scratch, j * p.H + u, unit);
 }
 
 // From dnext on.
@@ -249,7 +249,7 @@ __device__ __forceinline__ void backward_enter(const BackwardStep<typename Produ
   previous_state<Cell, Product>(s, tile, product);
   each_unit(s, tile, p.H, product, [&](int64_t u, int64_t j, V dh, Runs in) {
     BackwardUnit<Cell, V> unit{};
-    if (in.before) fetch_direct<Cell, false>(s.scratch[d], j * p.H + u, unit);
+    if (in.before) fetch_direct<Cell>(s.scratch[d], j * p.H + u, unit);
     enter_step(p, d, s.visit[d], in, j, u, dh, unit);
     if (!in.now) return;
     unit.dnext[0] = unit.dnext[0] + fetch_dy(p, d, s.visit[d].now, j, u);
@@ -291,7 +291,7 @@ __device__ __forceinline__ void backward_unproject(const BackwardStep<typename P
                Operand<T>{s.scratch[d].dh_projected, rows}, tile.u0, tile.j0, product);
   each_unit(s, tile, p.H, product, [&](int64_t u, int64_t j, V dm, Runs in) {
     BackwardUnit<Cell, V> unit{};
-    if (in.before) fetch_direct<Cell, true>(s.scratch[d], j * p.H + u, unit);
+    if (in.before) fetch_direct<Cell>(s.scratch[d], j * p.H + u, unit);
     unit.dnext[0] = dm;
     if (c == 1) unit.dnext[c] = flow(p, d, c, s.visit[d], in, j, u, unit.dprev[c]);
     if (in.now) last_phase<Cell, true>(s, d, j, u, unit);
@@ -316,7 +316,7 @@ __device__ __forceinline__ void backward_first_phase(const BackwardStep<typename
     if (!in.now) return;
     BackwardUnit<Cell, V> unit;
     fetch_unit<Cell>(p, d, data_row(p.seq, p.x_rows, now, j), u, unit);
-    fetch_direct<Cell, projected>(scratch, j * p.H + u, unit);
+    fetch_direct<Cell>(scratch, j * p.H + u, unit);
     unit.dnext[0] = V(scratch.dh[j * p.H + u]);
     unit.dq = dq;
     Cell::template backward<0>(unit);

@@ -28,9 +28,8 @@ size_t lay_out(BackwardCall<T>& s, const CudaCall& call) {
     if (projects) {
       carver.take(scratch.projection, p.H * p.P);
       carver.take(scratch.dh_projected, p.seq.B * p.P);
-    } else {
-      carver.take(scratch.dh_direct, p.seq.B * p.H);
     }
+    if (h_enters_gates<Cell>) carver.take(scratch.dh_direct, p.seq.B * p.H);
   }
   lay_out_exchange(carver, call, s);
   return carver.used;

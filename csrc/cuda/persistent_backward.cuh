@@ -61,7 +61,7 @@ struct OwnedGradients {
     for (int n = 0; n < RN; ++n) {
       if (!(in[n].now || in[n].before)) continue;
       const int64_t j = tile.row(n), at = j * s.p.H + u;
-      if (shares && in[n].before) fetch_direct<Cell, projected>(scratch, at, unit[n]);
+      if (shares && in[n].before) fetch_direct<Cell>(scratch, at, unit[n]);
       if constexpr (projected) {
         constexpr int c = Cell::states - 1;
         unit[n].dnext[0] = V(dh[n]);
@@ -75,7 +75,7 @@ struct OwnedGradients {
       Cell::template backward<last>(unit[n]);
       put_dr<Cell, last>(dr, s.p.H, j, u, unit[n]);
       if (!shares) continue;
-      put_direct<Cell, projected>(scratch, at, unit[n]);
+      put_direct<Cell>(scratch, at, unit[n]);
       if (Cell::phases == 2) scratch.dh[at] = unit[n].dnext[0].v;
     }
   }
@@ -89,12 +89,12 @@ struct OwnedGradients {
     for (int n = 0; n < RN; ++n) {
       if (!in[n].now) continue;
       const int64_t j = tile.row(n), at = j * s.p.H + u;
-      if (shares) fetch_direct<Cell, false>(scratch, at, unit[n]);
+      if (shares) fetch_direct<Cell>(scratch, at, unit[n]);
       if (shares) unit[n].dnext[0] = V(scratch.dh[at]);
       unit[n].dq = V(dq[n]);
       Cell::template backward<0>(unit[n]);
       put_dr<Cell, 0>(dr, s.p.H, j, u, unit[n]);
-      if (shares) put_direct<Cell, false>(scratch, at, unit[n]);
+      if (shares) put_direct<Cell>(scratch, at, unit[n]);
     }
   }
 

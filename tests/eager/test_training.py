@@ -73,6 +73,8 @@ def test_what_is_kept_in_one_tensor_or_in_three(
 ) -> None:
     module = getattr(rnnkern, name)(16, 128)
     x = torch.randn(rows, 1, 16, requires_grad=True)
+    h = torch.randn(1, 1, 128)
+    hx = (h, torch.randn(1, 1, 128)) if name == "LSTM" else h
     kept: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -80,12 +82,13 @@ def test_what_is_kept_in_one_tensor_or_in_three(
         return t
 
     def gradients() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(module(x)[0].sum(), [x, *module.parameters()])
+        return torch.autograd.grad(module(x, hx)[0].sum(), [x, *module.parameters()])
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         found = gradients()
     parts = {"LSTM": 2, "GRU": 3, "RNN": 1}[name]  # gates; h' of a GRU; what the cell saves
-    assert len(kept) == 5 + (1 if rows == 8 else parts)
+    given = 7 if name == "LSTM" else 6  # input, states, weights and biases
+    assert len(kept) == given + (1 if rows == 8 else parts)
     with general_way(monkeypatch):
         assert all(map(torch.equal, found, gradients()))
     with monkeypatch.context() as patch:
@@ -149,16 +152,26 @@ def test_gradients_are_kept_as_they_are() -> None:
         lambda t: t.bfloat16(),
         lambda t: t.t().contiguous().t() if t.dim() == 2 else t,
         lambda t: t[:1],
+        lambda t: t[..., :1],
     ],
-    ids=["wider", "narrower", "in columns", "shorter"],
+    ids=["wider", "narrower", "in columns", "shorter", "thinner"],
 )
-def test_hooks_that_change_saved_tensors(unpack: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("which", ["every", "h0"])
+def test_hooks_that_change_saved_tensors(
+    name: str, which: str, unpack: Callable[[Tensor], Tensor]
+) -> None:
     """Never a wrong number: the same gradients, or an error."""
-    module, x, _ = made("LSTM", {}, torch.float32)
+    module, x, hx = made(name, {}, torch.float32)
+    h0 = hx[0] if isinstance(hx, tuple) else hx
     weights = list(module.parameters())
-    wanted = torch.autograd.grad(module(x)[0].sum(), weights)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-        y = module(x)[0]
+    wanted = torch.autograd.grad(module(x, hx)[0].sum(), weights)
+
+    def unpack_some(t: Tensor) -> Tensor:
+        return unpack(t) if which == "every" or t.data_ptr() == h0.data_ptr() else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack_some):
+        y = module(x, hx)[0]
         try:
             found = torch.autograd.grad(y.sum(), weights)
         except (RuntimeError, ValueError):

@@ -135,6 +135,7 @@ HOSTILE_BACKWARD: dict[str, tuple[Case, str, dict[str, Any]]] = {
             "transposed": lambda t: t.mT.contiguous().mT,
         }.items()
     },
+    "h_prev_missing": (GRU, "h_prev", {"h_prev": lambda t: t[..., :0]}),
     "h_prev_too_wide": (PADDED, "h_prev", {"h_prev": lambda t: t.new_zeros(2, T * B, 41)}),
     "dy_2d": (PADDED, "dy", {"dy": lambda t: t.flatten(0, 1)}),
     "dy_1d": (PADDED, "dy", {"dy": lambda t: t.flatten()}),

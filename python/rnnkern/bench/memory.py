@@ -115,7 +115,8 @@ class Process:
                 spawn = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start)
             found = self._pool.submit(_measure, case, name, threads)
-        except (OSError, ImportError, NotImplementedError):  # the last two: without semaphores
+        except (BrokenProcessPool, OSError, ImportError, NotImplementedError):
+            # It ended since it was last asked, or cannot be started: the last two, no semaphores.
             self._end()
             return None
         try:
