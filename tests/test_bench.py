@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rnnkern import cli
-from rnnkern.bench import cases, command, contenders, limit, result, targets
+from rnnkern.bench import cases, command, contenders, limit, report, result, targets
 from rnnkern.bench.cases import Case, all_cases, select
 from rnnkern.bench.contenders import AbsentError, Contender, Problem, WrongNumbersError, check
 from rnnkern.bench.measure import Plan, Spread
@@ -95,6 +95,28 @@ def test_it_writes_tables_json_markdown_and_a_picture(tiny: Path, capsys: Captur
     assert "--contender torch --contender onnxruntime" in data["command"]
 
 
+def test_the_best_of_before_and_after_counts(tiny: Path, monkeypatch: Patch) -> None:
+    """A machine that others use has worse minutes."""
+
+    def held_up(team: Team, products: float, reading: float) -> Team:
+        levels = tuple(replace(one, bandwidth=one.bandwidth / reading) for one in team.levels)
+        barrier = team.barrier * reading
+        return replace(team, fp32=team.fp32 / products, levels=levels, barrier=barrier)
+
+    found = [
+        Roofline(tuple(held_up(team, *by) for team in machine().teams)) for by in ((2, 1), (1, 3))
+    ]
+    times = [9.0, 7.0, 5.0, 8.0]  # torch's and ours, before and after
+    monkeypatch.setattr(command.roofline, "measure", lambda threads: found.pop(0))
+    monkeypatch.setattr(command, "hot_microseconds", lambda call: times.pop(0))
+    assert bench("--cell lstm --mode inference --contender torch --out .") == 0
+    data = json.loads(Path("bench.json").read_text(encoding="utf-8"))
+    assert data["roofline"] == json.loads(json.dumps(report._roofline_dict(machine())))
+    assert data["latency_microseconds"] == {"lstm": {"torch": 5.0, "rnnkern": 7.0}}
+    wanted = limit.seconds(TINY, machine()) * 1e3
+    assert data["cases"][0]["limit_milliseconds"] == pytest.approx(wanted)
+
+
 def test_compile_takes_part(tiny: Path, capsys: Capture) -> None:
     if contenders.compile_missing():
         pytest.skip(contenders.compile_missing())
@@ -127,7 +149,7 @@ def test_a_contender_that_fails_is_a_row_and_the_others_go_on(broken: str, capsy
             return Contender(name, made.call, made.tensors)
         return Contender(name, lambda: 1 / 0, made.tensors)
 
-    found = result.run(TINY, plan=Plan(rounds=1, pause=0), roofline=None, contender=make)
+    found = result.run(TINY, plan=Plan(rounds=1, pause=0), contender=make)
     assert found.errors == {broken: "ZeroDivisionError: division by zero"}
     assert set(found.seconds) == set(contenders.NAMES) - {broken}
     assert broken not in found.ratios
@@ -139,7 +161,7 @@ def test_a_case_without_memory_is_a_row(monkeypatch: Patch) -> None:
         raise MemoryError("too much")
 
     monkeypatch.setattr(result, "Problem", refuse)
-    found = result.run(TINY, plan=Plan(rounds=1), roofline=None)
+    found = result.run(TINY, plan=Plan(rounds=1))
     assert found.errors == {"all": "MemoryError: too much"}
 
 
@@ -252,7 +274,7 @@ def test_contenders_agree(case: Case) -> None:
 def test_onnxruntime_is_optional(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     names = ("onnxruntime", "rnnkern")
-    found = result.run(TINY, plan=Plan(rounds=1, pause=0), roofline=None, names=names)
+    found = result.run(TINY, plan=Plan(rounds=1, pause=0), names=names)
     assert found.errors == {}
     assert set(found.absent) == {"onnxruntime"}
     assert "not installed" in found.absent["onnxruntime"]

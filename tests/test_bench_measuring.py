@@ -93,9 +93,7 @@ def test_times_are_measured_where_no_process_can_be_started(
     case = Case("rnn", "inference", 3, 2, 8)
     with memory.Process() as process:
         plan = Plan(rounds=1, pause=0)
-        found = result.run(
-            case, plan=plan, roofline=None, names=("torch", "rnnkern"), memory=process.measure
-        )
+        found = result.run(case, plan=plan, names=("torch", "rnnkern"), memory=process.measure)
     assert found.errors == {}
     assert found.memory == {"torch": None, "rnnkern": None}
     assert set(found.seconds) == {"torch", "rnnkern"}

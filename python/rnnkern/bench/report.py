@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rnnkern.bench import targets
+from rnnkern.bench import limit, targets
 from rnnkern.bench.contenders import NAMES, OURS, THEIRS
 from rnnkern.bench.measure import Spread
 from rnnkern.bench.memory import Memory
@@ -44,6 +44,12 @@ class Report:
     results: list[Result] = field(default_factory=list)
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     scaling: list[tuple[int, Result]] = field(default_factory=list)
+
+    def set_limits(self, roofline: Roofline) -> None:
+        """Take the machine's limits, and give every case its own."""
+        self.roofline = roofline
+        for result in self.results:
+            result.limit = limit.seconds(result.case, roofline)
 
     @property
     def everything(self) -> list[Result]:

@@ -21,7 +21,6 @@ from rnnkern.bench.contenders import (
 )
 from rnnkern.bench.measure import Plan, Spread
 from rnnkern.bench.memory import Memory
-from rnnkern.bench.roofline import Roofline
 
 
 @dataclass
@@ -109,7 +108,6 @@ def run(
     case: Case,
     *,
     plan: Plan,
-    roofline: Roofline | None,
     names: Sequence[str] = NAMES,
     contender: Callable[..., Contender] = Problem.contender,
     memory: Callable[[Case, str, int], Memory | None] | None = None,
@@ -124,8 +122,6 @@ def run(
         The case.
     plan : Plan
         How long.
-    roofline : Roofline, optional
-        The machine's limits.
     names : sequence of str
         The contenders.
     contender : callable
@@ -138,7 +134,7 @@ def run(
     Result
         What was found.
     """
-    result = Result(case, limit=None if roofline is None else limit.seconds(case, roofline))
+    result = Result(case)
     try:
         with grad_mode(case):
             _time(result, _ready(result, names, contender, memory), plan)

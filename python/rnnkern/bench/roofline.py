@@ -2,7 +2,7 @@
 
 All is measured natively (``csrc/cpu/roofline.h``) in the run that it is compared with, with the
 selected ISA, for 1, 2, 4, ... threads and for as many as the run uses; each rate is the best of
-several measurements, and the sum of all threads.
+several measurements, before the cases and after them, and the sum of all threads.
 """
 
 from __future__ import annotations
@@ -67,6 +67,17 @@ class Team:
         """Return the bandwidth of the level that holds `share` bytes for each thread."""
         return next(level.bandwidth for level in self.levels if share <= level.capacity)
 
+    def best(self, other: Team) -> Team:
+        """Return the better of each limit, of this and of another measurement."""
+        pairs = zip(self.levels, other.levels, strict=True)
+        return Team(
+            self.threads,
+            max(self.fp32, other.fp32),
+            None if self.bf16 is None or other.bf16 is None else max(self.bf16, other.bf16),
+            tuple(max(pair, key=lambda level: level.bandwidth) for pair in pairs),
+            min(self.barrier, other.barrier),
+        )
+
 
 @dataclass(frozen=True)
 class Roofline:
@@ -78,6 +89,11 @@ class Roofline:
     def whole(self) -> Team:
         """The limits with all threads of the run."""
         return self.teams[-1]
+
+    def best(self, other: Roofline) -> Roofline:
+        """Return the better of each limit, of this and of another measurement."""
+        pairs = zip(self.teams, other.teams, strict=True)
+        return Roofline(tuple(one.best(another) for one, another in pairs))
 
 
 def measure(threads: int) -> Roofline:
