@@ -13,7 +13,8 @@
 //             h', where it is kept)
 //   phases    F, the number of recurrent products in one step
 //   first     F+1 gate indices: phase p owns the gates [first[p], first[p+1])
-//   extra     what else backward hands out per unit and step (see Extra)
+//   extra     what else backward hands out per unit and step (see Extra). dr must be dx, but for
+//             the last gate of a one-phase cell that hands out Extra::recurrent_gradient
 //   projects  whether h may be projected (Sak et al. 2014): h' must enter by products alone
 //   recovers  whether h', unprojected, follows from what is kept anyway. Then backward must use h'
 //             in products alone, and the cell has V recover(const V* gate_before, const V* saved),

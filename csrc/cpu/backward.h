@@ -3,9 +3,12 @@
 // It visits the steps in the opposite order of forward. One step: the product of the dr that the
 // step before left, dh' = Rᵀ dr, completes the gradient of the state between the two steps; that
 // gradient enters this step, or leaves the recurrence where the state was a row's initial or reset
-// state; dy is added; and the phases run in reverse. dr is kept in two slots, because a group reads
-// the one while it writes the other. One visit more than there are steps hands out the gradients of
-// the initial states.
+// state; dy is added; and the phases run in reverse. One visit more than there are steps hands out
+// the gradients of the initial states.
+//
+// The product reads dr where it lies in the chunk (cpu/gradients.h). A copy is kept of a chunk's
+// last step, and of every step where the chunk has the rows in another order; in two slots, because
+// a group reads the one while it writes the other.
 #pragma once
 
 #include "cpu/gradients.h"
@@ -100,8 +103,8 @@ class BackwardLoop {
   struct Direction {
     Gradients<Cell, T> gradients;
     Weights<T, 1> first, second, projection;  // transposed
-    Matrix<T> dr[2];                          // [B, gates of phase 0, H]
-    Matrix<T> dr_second;                      // [B, gates of phase 1, H]
+    Matrix<T> dr[2];                          // [B, gates of phase 0, H] copies
+    Matrix<T> dr_second;                      // [B, gates of phase 1, H] copy
     Matrix<T> dh_projected;                   // [B,P] gradient of h, before the projection
     Matrix<A> dh_direct;  // [B,H] gradient of h' that does not come through a product
     Matrix<A> dh;         // [B,H] gradient of h, for phase 0 of a two-phase cell
@@ -111,7 +114,8 @@ class BackwardLoop {
   struct Step {
     int64_t t, rows;            // this step; rows = 0 in the visit after the last
     int64_t t_prev, rows_prev;  // the step visited before it; rows_prev = 0 in the first visit
-    int slot;                   // where its dr is
+    bool copied, copies;        // whether its dr is a copy; whether one is made of this step's
+    int slot;                   // where the former is
   };
 
   void prepare(int d, const Place& place) {
@@ -173,6 +177,8 @@ class BackwardLoop {
     for (int64_t s = begin; s < end; ++s) {
       step.t_prev = step.t;
       step.rows_prev = step.rows;
+      step.copied = step.copies;
+      step.copies = s + 1 == end || !dir_[d].gradients.in_order();
       step.t = reverse ? s : p_.seq.T - 1 - s;
       step.rows = s < p_.seq.T ? p_.seq.rows_at(step.t) : 0;
       if (step.rows == 0 && step.rows_prev == 0) continue;
@@ -192,11 +198,17 @@ class BackwardLoop {
     }
   }
 
+  // dr of phase 0 of the step visited before.
+  Matrix<T> dr_before(int d, const Step& step) const {
+    const Direction& s = dir_[d];
+    return step.copied ? s.dr[step.slot] : s.gradients.dr(step.t_prev, 0);
+  }
+
   // The state gradient that comes out of the step visited before, and this step's last phase.
   void enter(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
     run_stage(
-        s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
+        s.first, dr_before(d, step), place, step.rows_prev, maximum(step.rows, step.rows_prev),
         step.slot,
         [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
           P dh = P::load(r);
@@ -221,8 +233,9 @@ class BackwardLoop {
 
   void enter_projected(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    run_stage(s.first, s.dr[step.slot], place, step.rows_prev, maximum(step.rows, step.rows_prev),
-              step.slot, [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
+    run_stage(s.first, dr_before(d, step), place, step.rows_prev,
+              maximum(step.rows, step.rows_prev), step.slot,
+              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 P dh = flow(d, 0, step, j, u, n, P::load(r));
                 if (j >= step.rows) return;
                 dh = dh + load_dy(d, step, j, u, n);
@@ -303,7 +316,8 @@ class BackwardLoop {
   // Phase 0 of a two-phase cell.
   void first_phase(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    run_stage(s.second, s.dr_second, place, step.rows, step.rows, step.slot,
+    const Matrix<T> dr = s.gradients.in_order() ? s.gradients.dr(step.t, F - 1) : s.dr_second;
+    run_stage(s.second, dr, place, step.rows, step.rows, step.slot,
               [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
                 unit.dnext[0] = load(s.dh.row(j) + u, n);
@@ -333,10 +347,12 @@ class BackwardLoop {
     const Direction& s = dir_[d];
     const int64_t H = p_.H;
     T* dx = s.gradients.dx(step.t, j) + u;
-    T* dr = (phase == 0 ? s.dr[step.slot ^ 1] : s.dr_second).row(j) + u;
-    for (int g = g0; g < g1; ++g) {
-      store(dx + g * H, unit.dx[g], n);
-      store(dr + (g - g0) * H, unit.dr[g], n);
+    using Chunk = Gradients<Cell, T>;
+    for (int g = g0; g < g1; ++g) store(dx + Chunk::dx_column(g) * H, unit.dx[g], n);
+    if (Chunk::kOwnDr) store(dx + G * H, unit.extra, n);
+    if (phase == 0 ? step.copies : !s.gradients.in_order()) {
+      T* dr = (phase == 0 ? s.dr[step.slot ^ 1] : s.dr_second).row(j) + u;
+      for (int g = g0; g < g1; ++g) store(dr + (g - g0) * H, unit.dr[g], n);
     }
     if constexpr (h_enters_gates<Cell>) store(s.dh_direct.row(j) + u, unit.dprev[0], n);
     if (S == 2) store(s.dc.row(j) + u, unit.dprev[S - 1], n);

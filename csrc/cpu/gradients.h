@@ -6,6 +6,9 @@
 // recovered) into small buffers, and these products read them while they are in cache; nothing of
 // them grows with T. The sums run over the chunks in the order of the loop, and chunks depend on
 // the sizes alone, so the results do not depend on the number of threads.
+//
+// dr is dx, but for the last gate of a cell that hands out a dr of its own for it. Such a cell has
+// the columns  dx_last dx_0 .. dr_last,  so that both dx and dr stand side by side.
 #pragma once
 
 #include "cpu/loop.h"
@@ -28,18 +31,24 @@ class Gradients {
 
  public:
   static constexpr bool kRecovers = Cell::recovers && std::is_same_v<T, A>;  // h', unprojected
+  static constexpr bool kOwnDr = Cell::extra == Extra::recurrent_gradient;
+  static_assert(!kOwnDr || Cell::phases == 1, "dr of all gates stands side by side");
+  // In units of H: where in a row of the chunk dx of a gate is, and where dr of a phase begins.
+  static constexpr int dx_column(int gate) { return kOwnDr ? (gate + 1) % G : gate; }
+  static constexpr int dr_column(int phase) { return kOwnDr ? 1 : Cell::first[phase]; }
 
   Gradients() = default;
   Gradients(const CpuBackwardProblem<T>& p, int d, int threads, Carver& carver)
       : p_(&p), io_(&p.dir[d]) {
     const int64_t B = p.seq.B, bytes = G * p.H * static_cast<int64_t>(sizeof(T));
     steps_ = clamp(clamp(kChunkBytes / bytes, kLeastRows, kMostRows) / B, 1, p.seq.T);
-    dx_ = Matrix<T>::carve(carver, steps_ * B, G * p.H);
+    dx_ = Matrix<T>::carve(carver, steps_ * B, (G + kOwnDr) * p.H);
     if (has_extra()) extra_ = Matrix<T>::carve(carver, steps_ * B, p.H);
     if (kRecovers && !io_->W_hr) h_prev_ = Matrix<T>::carve(carver, steps_ * B, p.H);
     if (io_->W_hr) dh_ = Matrix<T>::carve(carver, steps_ * B, p.P);
     if (p.dinput) {
       W_ = {G * p.H, p.I};
+      if (kOwnDr) W_.first_row = (G - 1) * p.H;
       in_pieces_ = is_one_chunk(p.seq) && W_.blocks(p.I) >= threads;
       if (!in_pieces_) W_.data = transposed_data<T>(carver, p.seq, G * p.H, p.I);
       dinput_ = d == 0 ? p.dinput : carver.take<T>(p.seq.data_rows() * p.I);
@@ -61,7 +70,7 @@ class Gradients {
 
   int64_t steps() const { return steps_; }  // of a chunk
   RNNKERN_INLINE bool has_extra() const {
-    return Cell::extra != Extra::none && (Cell::extra != Extra::output || io_->W_hr);
+    return Cell::extra == Extra::operand || (Cell::extra == Extra::output && io_->W_hr);
   }
 
   // This thread's part of what comes before the first chunk.
@@ -104,6 +113,12 @@ class Gradients {
   }
 
   RNNKERN_INLINE T* dx(int64_t t, int64_t j) const { return dx_.row(local_row(t, j)); }
+  // Whether the chunk has the rows of a step at equal distances in sorted order; then this is dr.
+  bool in_order() const { return p_->seq.offset || !p_->seq.order; }
+  Matrix<T> dr(int64_t t, int phase) const {
+    const int64_t distance = p_->seq.offset ? 1 : local_.stride_b;
+    return {dx(t, 0) + dr_column(phase) * p_->H, distance * dx_.ld};
+  }
   RNNKERN_INLINE T* extra(int64_t t, int64_t j) const { return extra_.row(local_row(t, j)); }
   RNNKERN_INLINE T* h_prev(int64_t t, int64_t j) const { return h_prev_.row(local_row(t, j)); }
   RNNKERN_INLINE T* dh(int64_t t, int64_t j) const { return dh_.row(local_row(t, j)); }
@@ -119,18 +134,19 @@ class Gradients {
     OuterProblem<T, A> sums{
         count_, index % kPiece != 0, {{p_->I, p_->input, p_->I, rows_}, h_prev}, {}};
     // What belongs to the last gates, from `last` on, may have a factor of its own.
-    const int64_t last = Cell::extra == Extra::recurrent_gradient ? gates - H
+    const int64_t last = kOwnDr                          ? gates - H
                          : Cell::extra == Extra::operand ? Cell::first[Cell::phases - 1] * H
                                                          : gates;
     const auto from = [&](A* p, int64_t columns) { return p ? p + last * columns : nullptr; };
     A *last_dW = from(s.dW, p_->I), *last_dR = from(s.dR, p_->P);
     A *last_db_ih = from(s.db_ih, 1), *last_db_hh = from(s.db_hh, 1);
-    sums.part[0] = {last, dx_.data, dx_.ld, {s.dW, s.dR}, {s.db_ih, s.db_hh}};
-    Part dx_of_last{gates - last, dx_.data + last, dx_.ld, {last_dW}, {last_db_ih}};
+    const T *dx = dx_.data + dx_column(0) * H, *dx_last = kOwnDr ? dx_.data : dx_.data + last;
+    sums.part[0] = {last, dx, dx_.ld, {s.dW, s.dR}, {s.db_ih, s.db_hh}};
+    Part dx_of_last{gates - last, dx_last, dx_.ld, {last_dW}, {last_db_ih}};
     const Factor extra{H, extra_.data, extra_.ld, of_chunk};
-    if (Cell::extra == Extra::recurrent_gradient) {
+    if (kOwnDr) {
       sums.part[1] = dx_of_last;
-      sums.part[2] = {H, extra_.data, extra_.ld, {nullptr, last_dR}, {last_db_hh}};
+      sums.part[2] = {H, dx_.data + gates, dx_.ld, {nullptr, last_dR}, {last_db_hh}};
     } else if (Cell::extra == Extra::operand) {
       sums.b[2] = extra;
       dx_of_last.out[2] = last_dR;

@@ -127,6 +127,8 @@ struct Weights {
   int64_t ld = 0;
   bool transposed = false;
   const T* bias = nullptr;  // [NG,N], or null
+  // Transposed: the row that the operand's element 0 belongs to; the rows before it are the last.
+  int64_t first_row = 0;
 
   static int64_t blocks(int64_t N) { return (N + L - 1) / L; }
   static int64_t packed_rows(int64_t K) {
@@ -254,7 +256,8 @@ struct Weights {
         for (Pack<A>& s : acc) s = Pack<A>(A(0));
         for (const int64_t end = minimum(K, k + kChain); k < end; k += F::depth) {
           const bool last = k + F::depth > K;
-          const T *row = columns + k * ld, *next = last ? nullptr : row + (F::depth - 1) * ld;
+          const T* row = columns + row_of(k) * ld;
+          const T* next = last ? nullptr : columns + row_of(k + F::depth - 1) * ld;
           const T* operand = a + j * lda + k;
           const Pack<A> b = last ? F::spread_one(operand) : F::spread(operand);
 #pragma GCC unroll 4
@@ -281,7 +284,8 @@ struct Weights {
       for (int64_t v = 0; v < count; ++v) put(v, 0, Pack<A>(A(0)));
       int64_t at = L;
       for (int64_t k = 0; k < K; k += F::depth, at += L) {
-        const T *row = R + k * ldr + i * L, *next = k + 1 < K ? row + ldr : nullptr;
+        const T* row = R + row_of(k) * ldr + i * L;
+        const T* next = k + 1 < K ? R + row_of(k + 1) * ldr + i * L : nullptr;
         for (int64_t v = 0; v < count; ++v) {
           const int lanes = static_cast<int>(minimum(N - (i + v) * L, L));
           put(v, at, F::join(row + v * L, next ? next + v * L : nullptr, lanes));
@@ -330,6 +334,8 @@ struct Weights {
   static constexpr int64_t kNearBytes = 768 << 10;
   static constexpr int64_t kSmallBytes = 64 << 10;
   static constexpr int kSquare = L * F::depth;  // columns of the matrix in a register
+
+  int64_t row_of(int64_t k) const { return k + first_row - (k + first_row < K ? 0 : K); }
 
   static Pack<A> bias_of(const T* b, int64_t r0, int lanes) {
     return b ? load(b + r0, lanes) : Pack<A>(A(0));

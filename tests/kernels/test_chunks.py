@@ -77,10 +77,18 @@ ONE_CHUNK = (
     Case("rnn_tanh", layout="packed", T=25, B=5, I=150, H=200),
     Case("gru", layout="batch_first", T=43, B=3, I=150, H=100),
 )
+# Two chunks of 51 steps and one of a single step, which writes where that before it ended.
+ONE_MORE_STEP = tuple(
+    Case(cell, layout=layout, T=103, B=5, I=7, H=33, D=2)
+    for cell in CELLS
+    for layout in ("padded", "batch_first", "packed")
+)
 TWO_CHAINS = Case("lstm", T=300, B=1, I=20, H=64)  # of each sum, and units split
 
 
-@pytest.mark.parametrize("case", [*cases(), *WIDE, *LARGE, *ONE_CHUNK, TWO_CHAINS], ids=str)
+@pytest.mark.parametrize(
+    "case", [*cases(), *WIDE, *LARGE, *ONE_CHUNK, *ONE_MORE_STEP, TWO_CHAINS], ids=str
+)
 @pytest.mark.parametrize(("isa", "dtype"), BEST, ids=str)
 def test_chunks(case: Case, isa: str, dtype: torch.dtype) -> None:
     args = build(case, dtype)
