@@ -6,9 +6,9 @@
 // state; dy is added; and the phases run in reverse. One visit more than there are steps hands out
 // the gradients of the initial states.
 //
-// The product reads dr where it lies in the chunk (cpu/gradients.h). A copy is kept of a chunk's
-// last step, and of every step where the chunk has the rows in another order; in two slots, because
-// a group reads the one while it writes the other.
+// A product reads dr, or dh before a projection, where it lies in the chunk (cpu/gradients.h). Both
+// are copied where the chunk has the rows in another order, and dr of a chunk's last step; dr into
+// one of two slots, because a group reads the one while it writes the other.
 #pragma once
 
 #include "cpu/gradients.h"
@@ -45,10 +45,9 @@ class BackwardLoop {
       s.gradients = {p_, d, threads, carver};
       if (h_enters_gates<Cell>) s.dh_direct = Matrix<A>::carve(carver, B, H);
       if (S == 2) s.dc = Matrix<A>::carve(carver, B, H);
-      if (F == 2) {
-        s.dr_second = Matrix<T>::carve(carver, B, phase_gates<Cell, F - 1> * H);
-        s.dh = Matrix<A>::carve(carver, B, H);
-      }
+      if (F == 2) s.dh = Matrix<A>::carve(carver, B, H);
+      if (s.gradients.in_order()) continue;
+      if (F == 2) s.dr_second = Matrix<T>::carve(carver, B, phase_gates<Cell, F - 1> * H);
       if (projects_) s.dh_projected = Matrix<T>::carve(carver, B, p_.P);
     }
     thread_elements_ = dir_[0].gradients.scratch_elements();
@@ -105,7 +104,7 @@ class BackwardLoop {
     Weights<T, 1> first, second, projection;  // transposed
     Matrix<T> dr[2];                          // [B, gates of phase 0, H] copies
     Matrix<T> dr_second;                      // [B, gates of phase 1, H] copy
-    Matrix<T> dh_projected;                   // [B,P] gradient of h, before the projection
+    Matrix<T> dh_projected;                   // [B,P] gradient of h before the projection, copy
     Matrix<A> dh_direct;  // [B,H] gradient of h' that does not come through a product
     Matrix<A> dh;         // [B,H] gradient of h, for phase 0 of a two-phase cell
     Matrix<A> dc;         // [B,H]
@@ -190,7 +189,7 @@ class BackwardLoop {
         enter(d, step, place);
       }
       if (barrier) barrier->wait();
-      if constexpr (F == 2) {
+      if (F == 2 && step.rows > 0) {
         first_phase(d, step, place);
         if (barrier) barrier->wait();
       }
@@ -201,7 +200,8 @@ class BackwardLoop {
   // dr of phase 0 of the step visited before.
   Matrix<T> dr_before(int d, const Step& step) const {
     const Direction& s = dir_[d];
-    return step.copied ? s.dr[step.slot] : s.gradients.dr(step.t_prev, 0);
+    const bool in_chunk = !step.copied && step.rows_prev > 0;
+    return in_chunk ? s.gradients.dr_rows(step.t_prev, 0) : s.dr[step.slot];
   }
 
   // The state gradient that comes out of the step visited before, and this step's last phase.
@@ -239,15 +239,17 @@ class BackwardLoop {
                 P dh = flow(d, 0, step, j, u, n, P::load(r));
                 if (j >= step.rows) return;
                 dh = dh + load_dy(d, step, j, u, n);
-                store(s.dh_projected.row(j) + u, dh, n);
                 store(s.gradients.dh(step.t, j) + u, dh, n);
+                if (s.dh_projected.data) store(s.dh_projected.row(j) + u, dh, n);
               });
   }
 
   void unproject(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    run_stage(s.projection, s.dh_projected, place, step.rows, maximum(step.rows, step.rows_prev),
-              step.slot, [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
+    const bool in_chunk = !s.dh_projected.data && step.rows > 0;
+    const Matrix<T> dh = in_chunk ? s.gradients.dh_rows(step.t) : s.dh_projected;
+    run_stage(s.projection, dh, place, step.rows, maximum(step.rows, step.rows_prev), step.slot,
+              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 const P dc = flow_c(d, step, j, u, n);
                 if (j < step.rows) last_phase(d, step, j, u, n, P::load(r), dc);
               });
@@ -316,7 +318,7 @@ class BackwardLoop {
   // Phase 0 of a two-phase cell.
   void first_phase(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    const Matrix<T> dr = s.gradients.in_order() ? s.gradients.dr(step.t, F - 1) : s.dr_second;
+    const Matrix<T> dr = s.dr_second.data ? s.dr_second : s.gradients.dr_rows(step.t, F - 1);
     run_stage(s.second, dr, place, step.rows, step.rows, step.slot,
               [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
                 BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
@@ -350,7 +352,7 @@ class BackwardLoop {
     using Chunk = Gradients<Cell, T>;
     for (int g = g0; g < g1; ++g) store(dx + Chunk::dx_column(g) * H, unit.dx[g], n);
     if (Chunk::kOwnDr) store(dx + G * H, unit.extra, n);
-    if (phase == 0 ? step.copies : !s.gradients.in_order()) {
+    if (phase == 0 ? step.copies : s.dr_second.data != nullptr) {
       T* dr = (phase == 0 ? s.dr[step.slot ^ 1] : s.dr_second).row(j) + u;
       for (int g = g0; g < g1; ++g) store(dr + (g - g0) * H, unit.dr[g], n);
     }

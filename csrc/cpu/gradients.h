@@ -113,15 +113,17 @@ class Gradients {
   }
 
   RNNKERN_INLINE T* dx(int64_t t, int64_t j) const { return dx_.row(local_row(t, j)); }
-  // Whether the chunk has the rows of a step at equal distances in sorted order; then this is dr.
-  bool in_order() const { return p_->seq.offset || !p_->seq.order; }
-  Matrix<T> dr(int64_t t, int phase) const {
-    const int64_t distance = p_->seq.offset ? 1 : local_.stride_b;
-    return {dx(t, 0) + dr_column(phase) * p_->H, distance * dx_.ld};
-  }
   RNNKERN_INLINE T* extra(int64_t t, int64_t j) const { return extra_.row(local_row(t, j)); }
   RNNKERN_INLINE T* h_prev(int64_t t, int64_t j) const { return h_prev_.row(local_row(t, j)); }
   RNNKERN_INLINE T* dh(int64_t t, int64_t j) const { return dh_.row(local_row(t, j)); }
+
+  // Whether the chunk has the rows of a step in sorted order. Then these are the rows of a step of
+  // the open chunk: dr of a phase, and dh.
+  bool in_order() const { return p_->seq.offset || !p_->seq.order; }
+  Matrix<T> dr_rows(int64_t t, int phase) const {
+    return {dx(t, 0) + dr_column(phase) * p_->H, row_distance() * dx_.ld};
+  }
+  Matrix<T> dh_rows(int64_t t) const { return {dh(t, 0), row_distance() * dh_.ld}; }
 
   // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
   void close(int64_t index, const Place& place, A* scratch) {
@@ -185,6 +187,7 @@ class Gradients {
   RNNKERN_INLINE int64_t local_row(int64_t t, int64_t j) const {
     return p_->seq.data_row(local_, t, j) - first_;
   }
+  int64_t row_distance() const { return p_->seq.offset ? 1 : local_.stride_b; }
 
   void multiply(const Place& place, A* scratch) {
     const int64_t blocks = W_.blocks(p_->I);
@@ -225,9 +228,10 @@ class Gradients {
 
   const CpuBackwardProblem<T>* p_ = nullptr;
   const BackwardDirection<T, A>* io_ = nullptr;
-  Weights<T, 1> W_;                     // transposed
-  bool in_pieces_ = false;              // see is_one_chunk
-  Matrix<T> dx_, extra_, h_prev_, dh_;  // [rows of a chunk, G·H], [.., H], [.., H], [.., P]
+  Weights<T, 1> W_;         // transposed
+  bool in_pieces_ = false;  // see is_one_chunk
+  // [rows of a chunk, G·H or (see above) (G + 1)·H], [.., H], [.., H], [.., P]
+  Matrix<T> dx_, extra_, h_prev_, dh_;
   T* dinput_ = nullptr;
   WeightGradients<A> sums_{};  // of the present piece
   Rows local_{};               // rows of the chunk's buffers, from first_ on

@@ -32,7 +32,7 @@ struct Carver {
   }
 };
 
-// A small state matrix private to the run, [B] rows of `ld` elements, in sorted row order.
+// Rows of `ld` elements in a run's scratch: of a state or a chunk, or some that lie in one.
 template <class T>
 struct Matrix {
   T* data = nullptr;

@@ -127,8 +127,7 @@ struct Weights {
   int64_t ld = 0;
   bool transposed = false;
   const T* bias = nullptr;  // [NG,N], or null
-  // Transposed: the row that the operand's element 0 belongs to; the rows before it are the last.
-  int64_t first_row = 0;
+  int64_t first_row = 0;    // transposed: operand element k belongs to row (k + first_row) mod K
 
   static int64_t blocks(int64_t N) { return (N + L - 1) / L; }
   static int64_t packed_rows(int64_t K) {
@@ -297,7 +296,7 @@ struct Weights {
     }
   }
 
-  // Unit n is column n of R, operand element k its row, packed or not as above.
+  // Unit n is column n of R, operand element k row row_of(k), packed or not as above.
   void set_columns(const T* R, int64_t ldr, Range mine) {
     if (data) return pack_columns(R, ldr, mine.begin, mine.end);
     rows = R;

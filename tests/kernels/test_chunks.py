@@ -77,7 +77,7 @@ ONE_CHUNK = (
     Case("rnn_tanh", layout="packed", T=25, B=5, I=150, H=200),
     Case("gru", layout="batch_first", T=43, B=3, I=150, H=100),
 )
-# Two chunks of 51 steps and one of a single step, which writes where that before it ended.
+# Two chunks of 51 steps and one of a single step, which may write where that before it ended.
 ONE_MORE_STEP = tuple(
     Case(cell, layout=layout, T=103, B=5, I=7, H=33, D=2)
     for cell in CELLS

@@ -38,7 +38,7 @@ constexpr Shape kShapes[] = {
 constexpr int kTeams[] = {3, 8};
 
 // Threads share what the number of lanes makes them share, and double has as many as float on a
-// narrower ISA; ThreadSanitizer would take as long for it again.
+// narrower ISA, but for the narrowest; ThreadSanitizer would take as long for it again.
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kDoubleToo = false;
 #else
