@@ -189,9 +189,11 @@ class BackwardLoop {
         enter(d, step, place);
       }
       if (barrier) barrier->wait();
-      if (F == 2 && step.rows > 0) {
-        first_phase(d, step, place);
-        if (barrier) barrier->wait();
+      if constexpr (F == 2) {
+        if (step.rows > 0) {
+          first_phase(d, step, place);
+          if (barrier) barrier->wait();
+        }
       }
       step.slot ^= 1;
     }

@@ -37,14 +37,6 @@ constexpr Shape kShapes[] = {
 };
 constexpr int kTeams[] = {3, 8};
 
-// Threads share what the number of lanes makes them share, and double has as many as float on a
-// narrower ISA, but for the narrowest; ThreadSanitizer would take as long for it again.
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kDoubleToo = false;
-#else
-constexpr bool kDoubleToo = true;
-#endif
-
 // What a call may come with besides sizes; each form sets a few.
 struct Form {
   const char* name;
@@ -386,7 +378,7 @@ void check_cell(int cell) {
           check_layer<Bfloat16>(cell, shape, P, form, coverage);
         } else {
           check_layer<float>(cell, shape, P, form, coverage);
-          if (kDoubleToo) check_layer<double>(cell, shape, P, form, coverage);
+          check_layer<double>(cell, shape, P, form, coverage);
         }
       }
     }
