@@ -181,6 +181,16 @@ class BackwardLoop {
       step.t = reverse ? s : p_.seq.T - 1 - s;
       step.rows = s < p_.seq.T ? p_.seq.rows_at(step.t) : 0;
       if (step.rows == 0 && step.rows_prev == 0) continue;
+      if constexpr (F == 1) {
+        if (!projects_ && one_row_runs_on(p_.seq) && s > begin && s + 1 < end) {
+          const int64_t count = end - 1 - s;
+          run_row(d, step, count, place, barrier);
+          step.t += (count - 1) * (step.t - step.t_prev);
+          step.slot ^= count & 1;
+          s += count - 1;
+          continue;
+        }
+      }
       if (projects_) {
         enter_projected(d, step, place);
         if (barrier) barrier->wait();
@@ -199,83 +209,151 @@ class BackwardLoop {
     }
   }
 
+  // What the units of one step read and write: rows of the step in data, to be asked for by index,
+  // and of the private matrices.
+  struct View {
+    StepRows rows;
+    Matrix<const T> gates, saved, h_prev, dy, gates_before;
+    typename Gradients<Cell, T>::StepOfChunk chunk;
+    Matrix<T> dr, dr_second, dh_projected;  // copies, or null
+    Matrix<A> dh_direct, dh, dc;
+    // How many rows run this step, the one visited before it, and the one before it in forward's
+    // order; and whose resets lie between this step and either of them.
+    int64_t now, prev, before, t_prev, t_before;
+    int64_t H;
+    bool resets, reverse, projects;
+  };
+
+  View view(int d, const Step& step) const {
+    const Direction& s = dir_[d];
+    const BackwardDirection<T, A>& io = p_.dir[d];
+    const Sequence& seq = p_.seq;
+    View v{};
+    v.dh_direct = s.dh_direct;
+    v.dh = s.dh;
+    v.dc = s.dc;
+    v.now = step.rows;
+    v.prev = step.rows_prev;
+    v.t_prev = maximum(step.t, step.t_prev);
+    v.H = p_.H;
+    v.resets = seq.resets;
+    v.reverse = io.reverse;
+    v.projects = projects_;
+    if (step.rows == 0) return v;
+    v.rows = {seq, p_.x_rows, step.t};
+    v.gates = v.rows.of(io.gates, p_.D * G * p_.H);
+    v.saved = v.rows.of(io.saved, K * p_.H);
+    v.h_prev = v.rows.of(io.h_prev, p_.P);
+    v.dy = StepRows(seq, p_.y_rows, step.t).of(io.dy, p_.D * p_.P);
+    v.chunk = s.gradients.step(step.t);
+    if (step.copies) v.dr = s.dr[step.slot ^ 1];
+    v.dr_second = s.dr_second;
+    v.dh_projected = s.dh_projected;
+    const int64_t before = io.reverse ? step.t + 1 : step.t - 1;
+    v.t_before = maximum(step.t, before);
+    if (before < 0 || before == seq.T) return v;
+    v.before = seq.rows_at(before);
+    v.gates_before = StepRows(seq, p_.x_rows, before).of(io.gates, p_.D * G * p_.H);
+    return v;
+  }
+
   // dr of phase 0 of the step visited before.
   Matrix<T> dr_before(int d, const Step& step) const {
     const Direction& s = dir_[d];
-    const bool in_chunk = !step.copied && step.rows_prev > 0;
-    return in_chunk ? s.gradients.dr_rows(step.t_prev, 0) : s.dr[step.slot];
+    if (step.copied || step.rows_prev == 0) return s.dr[step.slot];
+    return s.gradients.dr_of(s.gradients.step(step.t_prev).dx, 0);
   }
 
   // The state gradient that comes out of the step visited before, and this step's last phase.
   void enter(int d, const Step& step, const Place& place) {
-    const Direction& s = dir_[d];
+    const View v = view(d, step);
     run_stage(
-        s.first, dr_before(d, step), place, step.rows_prev, maximum(step.rows, step.rows_prev),
-        step.slot,
+        dir_[d].first, dr_before(d, step), place, v.prev, maximum(v.now, v.prev), step.slot,
         [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
-          P dh = P::load(r);
-          if (h_enters_gates<Cell> && j < step.rows_prev) dh = dh + load(s.dh_direct.row(j) + u, n);
-          dh = flow(d, 0, step, j, u, n, dh);
-          const P dc = flow_c(d, step, j, u, n);
-          if (j < step.rows) last_phase(d, step, j, u, n, dh + load_dy(d, step, j, u, n), dc);
+          enter_units(d, v, j, v.rows.index(j), u, n, r);
         },
-        [&](int64_t j, int64_t u, int64_t count) RNNKERN_LAMBDA { fetch(d, step, j, u, count); });
+        [&](int64_t j, int64_t u, int64_t count) RNNKERN_LAMBDA {
+          if (j < v.now) fetch(v, v.rows.index(j), u, count);
+        });
   }
 
-  // Asks for what the last phase will read of row j, units [u, u + count).
-  RNNKERN_INLINE void fetch(int d, const Step& step, int64_t j, int64_t u, int64_t count) {
-    if (j >= step.rows) return;
-    const BackwardDirection<T, A>& io = p_.dir[d];
-    const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
-    for (int g = 0; g < G; ++g) prefetch(io.gates + (row * p_.D * G + g) * H + u, count);
-    for (int k = 0; k < K; ++k) prefetch(io.saved + (row * K + k) * H + u, count);
-    if (h_enters_gates<Cell>) prefetch(io.h_prev + row * p_.P + u, count);
-    if (io.dy) prefetch(io.dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, count);
+  // `count` visits from `step` on of a call of one row, each of which has another before and after
+  // it in its chunk (as ForwardLoop::run_row).
+  void run_row(int d, const Step& step, int64_t count, const Place& place, Barrier* barrier) {
+    const auto& w = dir_[d].first;
+    const Range mine = part(w.blocks(w.N), place.unit_group, place.unit_groups);
+    const int64_t by = step.t - step.t_prev;
+    const View v = view(d, step);
+    const Matrix<T> dr = dir_[d].gradients.dr_of(v.chunk.dx, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto emit = [&](int64_t u, int n, const A* r) RNNKERN_LAMBDA {
+        enter_units(d, v, 0, i * by, u, n, r);
+      };
+      const auto fetch_next = [&](int64_t u, int64_t count)
+                                  RNNKERN_LAMBDA { fetch(v, i * by, u, count); };
+      run_row_product(w, dr.row((i - 1) * by), mine, emit, fetch_next, (step.slot + i) % 2 != 0);
+      if (barrier) barrier->wait();
+    }
+  }
+
+  RNNKERN_INLINE void enter_units(int d, const View& v, int64_t j, int64_t row, int64_t u, int n,
+                                  const A* r) {
+    P dh = P::load(r);
+    if (h_enters_gates<Cell> && j < v.prev) dh = dh + load(v.dh_direct.row(j) + u, n);
+    dh = flow(d, 0, v, j, u, n, dh);
+    const P dc = flow_c(d, v, j, u, n);
+    if (j < v.now) last_phase(d, v, j, row, u, n, dh + load_dy(v, row, u, n), dc);
+  }
+
+  // Asks for what the last phase will read of a row, units [u, u + count).
+  RNNKERN_INLINE void fetch(const View& v, int64_t row, int64_t u, int64_t count) {
+    for (int g = 0; g < G; ++g) prefetch(v.gates.row(row) + g * v.H + u, count);
+    for (int k = 0; k < K; ++k) prefetch(v.saved.row(row) + k * v.H + u, count);
+    if (h_enters_gates<Cell>) prefetch(v.h_prev.row(row) + u, count);
+    if (v.dy.data) prefetch(v.dy.row(row) + u, count);
   }
 
   void enter_projected(int d, const Step& step, const Place& place) {
-    const Direction& s = dir_[d];
-    run_stage(s.first, dr_before(d, step), place, step.rows_prev,
-              maximum(step.rows, step.rows_prev), step.slot,
+    const View v = view(d, step);
+    run_stage(dir_[d].first, dr_before(d, step), place, v.prev, maximum(v.now, v.prev), step.slot,
               [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
-                P dh = flow(d, 0, step, j, u, n, P::load(r));
-                if (j >= step.rows) return;
-                dh = dh + load_dy(d, step, j, u, n);
-                store(s.gradients.dh(step.t, j) + u, dh, n);
-                if (s.dh_projected.data) store(s.dh_projected.row(j) + u, dh, n);
+                P dh = flow(d, 0, v, j, u, n, P::load(r));
+                if (j >= v.now) return;
+                const int64_t row = v.rows.index(j);
+                dh = dh + load_dy(v, row, u, n);
+                store(v.chunk.dh.row(row) + u, dh, n);
+                if (v.dh_projected.data) store(v.dh_projected.row(j) + u, dh, n);
               });
   }
 
   void unproject(int d, const Step& step, const Place& place) {
-    const Direction& s = dir_[d];
-    const bool in_chunk = !s.dh_projected.data && step.rows > 0;
-    const Matrix<T> dh = in_chunk ? s.gradients.dh_rows(step.t) : s.dh_projected;
-    run_stage(s.projection, dh, place, step.rows, maximum(step.rows, step.rows_prev), step.slot,
+    const View v = view(d, step);
+    const Matrix<T> dh = v.dh_projected.data || step.rows == 0 ? v.dh_projected : v.chunk.dh;
+    run_stage(dir_[d].projection, dh, place, v.now, maximum(v.now, v.prev), step.slot,
               [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
-                const P dc = flow_c(d, step, j, u, n);
-                if (j < step.rows) last_phase(d, step, j, u, n, P::load(r), dc);
+                const P dc = flow_c(d, v, j, u, n);
+                if (j < v.now) last_phase(d, v, j, v.rows.index(j), u, n, P::load(r), dc);
               });
   }
 
-  RNNKERN_INLINE P load_dy(int d, const Step& step, int64_t j, int64_t u, int n) {
-    const T* dy = p_.dir[d].dy;
-    return dy ? load(dy + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, n) : P(A(0));
+  static RNNKERN_INLINE P load_dy(const View& v, int64_t row, int64_t u, int n) {
+    return v.dy.data ? load(v.dy.row(row) + u, n) : P(A(0));
   }
 
-  RNNKERN_INLINE P flow_c(int d, const Step& step, int64_t j, int64_t u, int n) {
+  RNNKERN_INLINE P flow_c(int d, const View& v, int64_t j, int64_t u, int n) {
     if (S < 2) return P(A(0));
-    return flow(d, S - 1, step, j, u, n,
-                j < step.rows_prev ? load(dir_[d].dc.row(j) + u, n) : P(A(0)));
+    return flow(d, S - 1, v, j, u, n, j < v.prev ? load(v.dc.row(j) + u, n) : P(A(0)));
   }
 
   // Where the gradient of the state before step t_prev goes; returns what enters step t.
-  RNNKERN_INLINE P flow(int d, int k, const Step& step, int64_t j, int64_t u, int n, P value) {
+  RNNKERN_INLINE P flow(int d, int k, const View& v, int64_t j, int64_t u, int n, P value) {
+    const bool row_begins = j >= v.now;  // the step visited before was its first in forward's order
+    if (j < v.prev && !row_begins && !v.resets) return value;
     const BackwardDirection<T, A>& io = p_.dir[d];
     const int64_t at = p_.seq.batch_row(j) * state_width(k) + u;
-    if (j >= step.rows_prev) return io.dfinal[k] ? load(io.dfinal[k] + at, n) : P(A(0));
-    const bool row_begins = j >= step.rows;  // step t_prev was its first in forward's order
-    const int64_t boundary = row_begins ? 0 : maximum(step.t, step.t_prev);
-    if (!(row_begins && io.reverse) && p_.seq.reset_at(boundary, j)) {
+    if (j >= v.prev) return io.dfinal[k] ? load(io.dfinal[k] + at, n) : P(A(0));
+    const int64_t boundary = row_begins ? 0 : v.t_prev;
+    if (!(row_begins && v.reverse) && p_.seq.reset_at(boundary, j)) {
       A* dreset = io.dreset[k];
       if (dreset) store(dreset + at, load(dreset + at, n) + value, n);
       return P(A(0));
@@ -285,81 +363,78 @@ class BackwardLoop {
     return P(A(0));
   }
 
-  RNNKERN_INLINE void last_phase(int d, const Step& step, int64_t j, int64_t u, int n, P dh, P dc) {
-    const Direction& s = dir_[d];
-    BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
+  RNNKERN_INLINE void last_phase(int d, const View& v, int64_t j, int64_t row, int64_t u, int n,
+                                 P dh, P dc) {
+    BackwardUnit<Cell, P> unit = load_unit(v, row, u, n);
     unit.dnext[0] = dh;
     if (S == 2) unit.dnext[S - 1] = dc;
     Cell::template backward<F - 1>(unit);
-    if (s.gradients.has_extra()) store(s.gradients.extra(step.t, j) + u, unit.extra, n);
+    if (v.chunk.extra.data) store(v.chunk.extra.row(row) + u, unit.extra, n);
     if constexpr (kRecovers) {
-      if (!projects_) {
-        store(s.gradients.h_prev(step.t, j) + u, recover(d, step, j, u, n, unit.saved), n);
+      if (!v.projects) {
+        store(v.chunk.h_prev.row(row) + u, recover(d, v, j, row, u, n, unit.saved), n);
       }
     }
-    if (F == 2) store(s.dh.row(j) + u, dh, n);
-    store_gradients<F - 1>(d, step, j, u, n, unit);
+    if (F == 2) store(v.dh.row(j) + u, dh, n);
+    store_gradients<F - 1>(v, j, row, u, n, unit);
   }
 
   // h' of a step: what forward's put_state, or set_initial, let it start from.
-  RNNKERN_INLINE P recover(int d, const Step& step, int64_t j, int64_t u, int n, const P* saved) {
-    const BackwardDirection<T, A>& io = p_.dir[d];
-    const int64_t before = io.reverse ? step.t + 1 : step.t - 1;  // in forward's order
-    const bool begins = io.reverse ? before == p_.seq.T || j >= p_.seq.rows_at(before) : before < 0;
-    const bool reset = !(begins && io.reverse) && p_.seq.reset_at(maximum(step.t, before), j);
+  RNNKERN_INLINE P recover(int d, const View& v, int64_t j, int64_t row, int64_t u, int n,
+                           const P* saved) {
+    const bool begins = j >= v.before;
+    const bool reset = v.resets && !(begins && v.reverse) && p_.seq.reset_at(v.t_before, j);
     if (begins || reset) {
-      const T* from = reset ? io.reset_h : io.h0;
+      const T* from = reset ? p_.dir[d].reset_h : p_.dir[d].h0;
       return from ? load(from + p_.seq.batch_row(j) * p_.P + u, n) : P(A(0));
     }
     P gate[G];
-    const int64_t row = p_.seq.data_row(p_.x_rows, before, j);
-    for (int g = 0; g < G; ++g) gate[g] = load(io.gates + (row * p_.D * G + g) * p_.H + u, n);
+    for (int g = 0; g < G; ++g) gate[g] = load(v.gates_before.row(row) + g * v.H + u, n);
     return Cell::recover(gate, saved);
   }
 
   // Phase 0 of a two-phase cell.
   void first_phase(int d, const Step& step, const Place& place) {
     const Direction& s = dir_[d];
-    const Matrix<T> dr = s.dr_second.data ? s.dr_second : s.gradients.dr_rows(step.t, F - 1);
-    run_stage(s.second, dr, place, step.rows, step.rows, step.slot,
+    const View v = view(d, step);
+    const Matrix<T> dr = v.dr_second.data ? v.dr_second : s.gradients.dr_of(v.chunk.dx, F - 1);
+    run_stage(s.second, dr, place, v.now, v.now, step.slot,
               [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
-                BackwardUnit<Cell, P> unit = load_unit(d, step, j, u, n);
-                unit.dnext[0] = load(s.dh.row(j) + u, n);
-                unit.dprev[0] = load(s.dh_direct.row(j) + u, n);
-                if (S == 2) unit.dprev[S - 1] = load(s.dc.row(j) + u, n);
+                const int64_t row = v.rows.index(j);
+                BackwardUnit<Cell, P> unit = load_unit(v, row, u, n);
+                unit.dnext[0] = load(v.dh.row(j) + u, n);
+                unit.dprev[0] = load(v.dh_direct.row(j) + u, n);
+                if (S == 2) unit.dprev[S - 1] = load(v.dc.row(j) + u, n);
                 unit.dq = P::load(r);
                 Cell::template backward<0>(unit);
-                store_gradients<0>(d, step, j, u, n, unit);
+                store_gradients<0>(v, j, row, u, n, unit);
               });
   }
 
-  RNNKERN_INLINE BackwardUnit<Cell, P> load_unit(int d, const Step& step, int64_t j, int64_t u,
-                                                 int n) {
-    const BackwardDirection<T, A>& io = p_.dir[d];
-    const int64_t H = p_.H, row = p_.seq.data_row(p_.x_rows, step.t, j);
+  static RNNKERN_INLINE BackwardUnit<Cell, P> load_unit(const View& v, int64_t row, int64_t u,
+                                                        int n) {
     BackwardUnit<Cell, P> unit;
-    for (int g = 0; g < G; ++g) unit.gate[g] = load(io.gates + (row * p_.D * G + g) * H + u, n);
-    for (int k = 0; k < K; ++k) unit.saved[k] = load(io.saved + (row * K + k) * H + u, n);
-    if (h_enters_gates<Cell>) unit.h_prev = load(io.h_prev + row * p_.P + u, n);
+    for (int g = 0; g < G; ++g) unit.gate[g] = load(v.gates.row(row) + g * v.H + u, n);
+    for (int k = 0; k < K; ++k) unit.saved[k] = load(v.saved.row(row) + k * v.H + u, n);
+    if (h_enters_gates<Cell>) unit.h_prev = load(v.h_prev.row(row) + u, n);
     return unit;
   }
 
   template <int phase>
-  RNNKERN_INLINE void store_gradients(int d, const Step& step, int64_t j, int64_t u, int n,
-                                      const BackwardUnit<Cell, P>& unit) {
+  static RNNKERN_INLINE void store_gradients(const View& v, int64_t j, int64_t row, int64_t u,
+                                             int n, const BackwardUnit<Cell, P>& unit) {
     constexpr int g0 = Cell::first[phase], g1 = Cell::first[phase + 1];
-    const Direction& s = dir_[d];
-    const int64_t H = p_.H;
-    T* dx = s.gradients.dx(step.t, j) + u;
     using Chunk = Gradients<Cell, T>;
+    const int64_t H = v.H;
+    T* dx = v.chunk.dx.row(row) + u;
     for (int g = g0; g < g1; ++g) store(dx + Chunk::dx_column(g) * H, unit.dx[g], n);
     if (Chunk::kOwnDr) store(dx + G * H, unit.extra, n);
-    if (phase == 0 ? step.copies : s.dr_second.data != nullptr) {
-      T* dr = (phase == 0 ? s.dr[step.slot ^ 1] : s.dr_second).row(j) + u;
-      for (int g = g0; g < g1; ++g) store(dr + (g - g0) * H, unit.dr[g], n);
+    const Matrix<T>& copy = phase == 0 ? v.dr : v.dr_second;
+    if (copy.data) {
+      for (int g = g0; g < g1; ++g) store(copy.row(j) + (g - g0) * H + u, unit.dr[g], n);
     }
-    if constexpr (h_enters_gates<Cell>) store(s.dh_direct.row(j) + u, unit.dprev[0], n);
-    if (S == 2) store(s.dc.row(j) + u, unit.dprev[S - 1], n);
+    if constexpr (h_enters_gates<Cell>) store(v.dh_direct.row(j) + u, unit.dprev[0], n);
+    if (S == 2) store(v.dc.row(j) + u, unit.dprev[S - 1], n);
   }
 
   const CpuBackwardProblem<T>& p_;

@@ -20,6 +20,7 @@ class ForwardLoop {
   using A = Accumulator<T>;
   using P = Pack<A>;
   static constexpr int L = P::lanes;
+  static constexpr bool kInPlace = std::is_same_v<T, A>;  // gates are kept where x was
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_bytes).
@@ -166,113 +167,184 @@ class ForwardLoop {
     const bool reverse = p_.dir[d].reverse;
     InputProduct<T, G>& input = dir_[d].input;
     const int64_t T_ = p_.seq.T;
-    int slot = 0;
-    for (int64_t s = 0; s < T_; ++s) {
-      if (s % input.steps() == 0) {
-        const int64_t last = minimum(T_, s + input.steps());
-        if (all && s > 0) all->wait();  // the others have read the chunk before
-        input.run(reverse ? T_ - last : s, reverse ? T_ - s : last, place);
-        if (all) all->wait();
-      }
-      Step step;
-      step.t = reverse ? T_ - 1 - s : s;
-      step.t_next = reverse ? step.t - 1 : step.t + 1;
-      step.rows = p_.seq.rows_at(step.t);
-      step.rows_next = s + 1 < T_ ? p_.seq.rows_at(step.t_next) : 0;
-      step.slot = slot;
-      if (step.rows == 0) continue;
-      phase<0>(d, step, place);
-      if (barrier) barrier->wait();
-      if constexpr (F == 2) {
-        phase<1>(d, step, place);
+    Step step{};
+    for (int64_t begin = 0; begin < T_; begin += input.steps()) {
+      const int64_t end = minimum(T_, begin + input.steps());
+      if (all && begin > 0) all->wait();  // the others have read the chunk before
+      input.run(reverse ? T_ - end : begin, reverse ? T_ - begin : end, place);
+      if (all) all->wait();
+      for (int64_t s = begin; s < end; ++s) {
+        step.t = reverse ? T_ - 1 - s : s;
+        step.t_next = reverse ? step.t - 1 : step.t + 1;
+        step.rows = p_.seq.rows_at(step.t);
+        step.rows_next = s + 1 < T_ ? p_.seq.rows_at(step.t_next) : 0;
+        if (step.rows == 0) continue;
+        if constexpr (F == 1) {
+          if (!projects_ && one_row_runs_on(p_.seq) && step.rows_next > 0) {
+            const int64_t count = minimum(end, T_ - 1) - s;
+            run_row(d, step, count, place, barrier);
+            step.slot ^= count & 1;
+            s += count - 1;
+            continue;
+          }
+        }
+        phase<0>(d, step, place);
         if (barrier) barrier->wait();
+        if constexpr (F == 2) {
+          phase<1>(d, step, place);
+          if (barrier) barrier->wait();
+        }
+        if (projects_) {
+          project(d, step, place);
+          if (barrier) barrier->wait();
+        }
+        step.slot ^= 1;
       }
-      if (projects_) {
-        project(d, step, place);
-        if (barrier) barrier->wait();
-      }
-      slot ^= 1;
     }
+  }
+
+  // What the units of one step read and write: rows of the step in all data, to be asked for by
+  // index, and of the private matrices.
+  struct View {
+    StepRows rows;
+    Matrix<A> x, c;
+    Matrix<T> h, next_h, operand, gates, saved, y, next_h_prev;
+    int64_t H, rows_next, t_boundary;  // the last: whose resets lie between this step and the next
+    bool training, projects, resets;
+  };
+
+  View view(int d, const Step& step) const {
+    const Direction& s = dir_[d];
+    const ForwardDirection<T>& io = p_.dir[d];
+    View v{{p_.seq, p_.x_rows, step.t},
+           s.input.rows(step.t),
+           s.c,
+           s.h[step.slot],
+           s.h[step.slot ^ 1],
+           s.operand};
+    if constexpr (!kInPlace) v.gates = v.rows.of(io.x, p_.D * G * p_.H);
+    v.saved = v.rows.of(io.saved, K * p_.H);
+    v.y = StepRows(p_.seq, p_.y_rows, step.t).of(io.y, p_.D * p_.P);
+    if (step.rows_next > 0) {
+      v.next_h_prev = StepRows(p_.seq, p_.x_rows, step.t_next).of(io.h_prev, p_.P);
+    }
+    v.H = p_.H;
+    v.t_boundary = maximum(step.t, step.t_next);
+    v.rows_next = step.rows_next;
+    v.training = p_.training;
+    v.projects = projects_;
+    v.resets = p_.seq.resets;
+    return v;
   }
 
   template <int phase_index>
   void phase(int d, const Step& step, const Place& place) {
-    constexpr int g0 = Cell::first[phase_index], g1 = Cell::first[phase_index + 1];
-    constexpr bool is_last = phase_index == F - 1;
     const Direction& s = dir_[d];
-    const ForwardDirection<T>& io = p_.dir[d];
-    const int64_t H = p_.H;
-    const Matrix<T>& operand = phase_index == 0 ? s.h[step.slot] : s.operand;
+    const View v = view(d, step);
     const auto emit = [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
-      const int64_t row = p_.seq.data_row(p_.x_rows, step.t, j);
-      ForwardUnit<Cell, P> unit;
-      A* x = s.input.at(step.t, j) + u;
-      for (int g = 0; g < g1; ++g) unit.gate[g] = load(x + g * H, n);
-      for (int g = g0; g < g1; ++g) unit.r[g] = P::load(r + (g - g0) * L);
-      if (!Cell::projects) unit.prev[0] = load(s.h[step.slot].row(j) + u, n);
-      if (S == 2) unit.prev[S - 1] = load(s.c.row(j) + u, n);
-      Cell::template forward<phase_index>(unit);
-      const bool in_place = std::is_same_v<T, A>;
-      if (!is_last || (in_place && p_.training)) {
-        for (int g = g0; g < g1; ++g) store(x + g * H, unit.gate[g], n);
-      }
-      if (!in_place && p_.training) {
-        for (int g = g0; g < g1; ++g) store(io.x + (row * p_.D * G + g) * H + u, unit.gate[g], n);
-      }
-      if constexpr (!is_last) {
-        store(s.operand.row(j) + u, unit.q, n);
-      } else {
-        if (p_.training) {
-          for (int k = 0; k < K; ++k) store(io.saved + (row * K + k) * H + u, unit.saved[k], n);
-        }
-        if (S == 2) put_state(d, S - 1, step, j, u, n, unit.next[S - 1]);
-        if (projects_) {
-          store(s.operand.row(j) + u, unit.next[0], n);
-        } else {
-          put_state(d, 0, step, j, u, n, unit.next[0]);
-        }
-      }
+      run_units<phase_index>(d, v, j, v.rows.index(j), u, n, r);
     };
     const auto fetch = [&](int64_t j, int64_t u, int64_t count) RNNKERN_LAMBDA {
-      const A* x = s.input.at(step.t, j) + u;
-      for (int g = g0; g < g1; ++g) prefetch(x + g * H, count);
+      fetch_x<phase_index>(v, v.rows.index(j), u, count);
     };
     if constexpr (phase_index == 0) {
-      run_stage(s.first, operand, place, step.rows, step.rows, step.slot, emit, fetch);
+      run_stage(s.first, v.h, place, step.rows, step.rows, step.slot, emit, fetch);
     } else {
-      run_stage(s.second, operand, place, step.rows, step.rows, step.slot, emit, fetch);
+      run_stage(s.second, v.operand, place, step.rows, step.rows, step.slot, emit, fetch);
+    }
+  }
+
+  // `count` steps from `step` on of a call of one row, each of which another one follows. In small
+  // layers the way from step to step would otherwise take as long as the products.
+  void run_row(int d, const Step& step, int64_t count, const Place& place, Barrier* barrier) {
+    const auto& w = dir_[d].first;
+    const Range mine = part(w.blocks(w.N), place.unit_group, place.unit_groups);
+    const int64_t by = step.t_next - step.t;
+    View v = view(d, step);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto emit = [&](int64_t u, int n, const A* r) RNNKERN_LAMBDA {
+        run_units<0>(d, v, 0, i * by, u, n, r);
+      };
+      const auto fetch = [&](int64_t u, int64_t count)
+                             RNNKERN_LAMBDA { fetch_x<0>(v, i * by, u, count); };
+      run_row_product(w, v.h.data, mine, emit, fetch, (step.slot + i) % 2 != 0);
+      if (barrier) barrier->wait();
+      const Matrix<T> h = v.h;
+      v.h = v.next_h;
+      v.next_h = h;
+    }
+  }
+
+  // Asks for what a phase will read of a row, units [u, u + count).
+  template <int phase_index>
+  static RNNKERN_INLINE void fetch_x(const View& v, int64_t row, int64_t u, int64_t count) {
+    const A* x = v.x.row(row) + u;
+    for (int g = Cell::first[phase_index]; g < Cell::first[phase_index + 1]; ++g) {
+      prefetch(x + g * v.H, count);
+    }
+  }
+
+  // A pack of units at sorted position j, row `row` of the step's data, from their products r on.
+  template <int phase_index>
+  RNNKERN_INLINE void run_units(int d, const View& v, int64_t j, int64_t row, int64_t u, int n,
+                                const A* r) {
+    constexpr int g0 = Cell::first[phase_index], g1 = Cell::first[phase_index + 1];
+    constexpr bool is_last = phase_index == F - 1;
+    const int64_t H = v.H;
+    ForwardUnit<Cell, P> unit;
+    A* x = v.x.row(row) + u;
+    for (int g = 0; g < g1; ++g) unit.gate[g] = load(x + g * H, n);
+    for (int g = g0; g < g1; ++g) unit.r[g] = P::load(r + (g - g0) * L);
+    if (!Cell::projects) unit.prev[0] = load(v.h.row(j) + u, n);
+    if (S == 2) unit.prev[S - 1] = load(v.c.row(j) + u, n);
+    Cell::template forward<phase_index>(unit);
+    if (!is_last || (kInPlace && v.training)) {
+      for (int g = g0; g < g1; ++g) store(x + g * H, unit.gate[g], n);
+    }
+    if (!kInPlace && v.training) {
+      for (int g = g0; g < g1; ++g) store(v.gates.row(row) + g * H + u, unit.gate[g], n);
+    }
+    if constexpr (!is_last) {
+      store(v.operand.row(j) + u, unit.q, n);
+    } else {
+      if (v.training) {
+        for (int k = 0; k < K; ++k) store(v.saved.row(row) + k * H + u, unit.saved[k], n);
+      }
+      if (S == 2) put_state(d, S - 1, v, j, row, u, n, unit.next[S - 1]);
+      if (v.projects) {
+        store(v.operand.row(j) + u, unit.next[0], n);
+      } else {
+        put_state(d, 0, v, j, row, u, n, unit.next[0]);
+      }
     }
   }
 
   void project(int d, const Step& step, const Place& place) {
-    run_stage(dir_[d].projection, dir_[d].operand, place, step.rows, step.rows, step.slot,
-              [&](int64_t j, int64_t u, int n, const A* r) RNNKERN_LAMBDA {
-                put_state(d, 0, step, j, u, n, P::load(r));
+    const View v = view(d, step);
+    run_stage(dir_[d].projection, v.operand, place, step.rows, step.rows, step.slot,
+              [&](int64_t j, int64_t u, int n, const A* r)
+                  RNNKERN_LAMBDA {
+                put_state(d, 0, v, j, v.rows.index(j), u, n, P::load(r));
               });
   }
 
-  // Writes state k (0: h, 1: c) of row j after this step to wherever it is needed next.
-  RNNKERN_INLINE void put_state(int d, int k, const Step& step, int64_t j, int64_t u, int n,
-                                P value) {
-    const Direction& s = dir_[d];
-    const ForwardDirection<T>& io = p_.dir[d];
-    const int64_t width = state_width(k);
-    if (k == 0) store(io.y + p_.seq.data_row(p_.y_rows, step.t, j) * p_.D * p_.P + u, value, n);
-    if (j >= step.rows_next) {
-      store(io.final[k] + p_.seq.batch_row(j) * width + u, value, n);
+  // Writes state k (0: h, 1: c) after the step to wherever it is needed next.
+  RNNKERN_INLINE void put_state(int d, int k, const View& v, int64_t j, int64_t row, int64_t u,
+                                int n, P value) {
+    if (k == 0) store(v.y.row(row) + u, value, n);
+    if (j >= v.rows_next) {
+      store(p_.dir[d].final[k] + p_.seq.batch_row(j) * state_width(k) + u, value, n);
       return;
     }
-    if (p_.seq.reset_at(maximum(step.t, step.t_next), j)) {
-      const T* reset = io.reset[k];
-      value = reset ? load(reset + p_.seq.batch_row(j) * width + u, n) : P(A(0));
+    if (v.resets && p_.seq.reset_at(v.t_boundary, j)) {
+      const T* reset = p_.dir[d].reset[k];
+      value = reset ? load(reset + p_.seq.batch_row(j) * state_width(k) + u, n) : P(A(0));
     }
     if (k == 0) {
-      store(s.h[step.slot ^ 1].row(j) + u, value, n);
-      if (io.h_prev) {
-        store(io.h_prev + p_.seq.data_row(p_.x_rows, step.t_next, j) * p_.P + u, value, n);
-      }
+      store(v.next_h.row(j) + u, value, n);
+      if (v.next_h_prev.data) store(v.next_h_prev.row(row) + u, value, n);
     } else {
-      store(s.c.row(j) + u, value, n);
+      store(v.c.row(j) + u, value, n);
     }
   }
 

@@ -112,18 +112,23 @@ class Gradients {
     clear(dh_);
   }
 
-  RNNKERN_INLINE T* dx(int64_t t, int64_t j) const { return dx_.row(local_row(t, j)); }
-  RNNKERN_INLINE T* extra(int64_t t, int64_t j) const { return extra_.row(local_row(t, j)); }
-  RNNKERN_INLINE T* h_prev(int64_t t, int64_t j) const { return h_prev_.row(local_row(t, j)); }
-  RNNKERN_INLINE T* dh(int64_t t, int64_t j) const { return dh_.row(local_row(t, j)); }
-
-  // Whether the chunk has the rows of a step in sorted order. Then these are the rows of a step of
-  // the open chunk: dr of a phase, and dh.
-  bool in_order() const { return p_->seq.offset || !p_->seq.order; }
-  Matrix<T> dr_rows(int64_t t, int phase) const {
-    return {dx(t, 0) + dr_column(phase) * p_->H, row_distance() * dx_.ld};
+  // The rows of a step of the open chunk.
+  struct StepOfChunk {
+    Matrix<T> dx, extra, h_prev, dh;
+  };
+  StepOfChunk step(int64_t t) const {
+    StepRows rows(p_->seq, local_, t);
+    rows.first -= first_;
+    const auto of = [&](const Matrix<T>& m) { return rows.of(m.data, m.ld); };
+    return {of(dx_), of(extra_), of(h_prev_), of(dh_)};
   }
-  Matrix<T> dh_rows(int64_t t) const { return {dh(t, 0), row_distance() * dh_.ld}; }
+  // dr of a phase among the columns of dx.
+  Matrix<T> dr_of(const Matrix<T>& dx, int phase) const {
+    return {dx.data + dr_column(phase) * p_->H, dx.ld};
+  }
+
+  // Whether the chunk has the rows of a step in sorted order.
+  bool in_order() const { return p_->seq.offset || !p_->seq.order; }
 
   // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
   void close(int64_t index, const Place& place, A* scratch) {
@@ -184,11 +189,6 @@ class Gradients {
   }
 
  private:
-  RNNKERN_INLINE int64_t local_row(int64_t t, int64_t j) const {
-    return p_->seq.data_row(local_, t, j) - first_;
-  }
-  int64_t row_distance() const { return p_->seq.offset ? 1 : local_.stride_b; }
-
   void multiply(const Place& place, A* scratch) {
     const int64_t blocks = W_.blocks(p_->I);
     const bool split_rows = !in_pieces_ && (count_ >= 8 * place.count || blocks < place.count);

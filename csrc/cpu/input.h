@@ -52,9 +52,11 @@ class InputProduct {
 
   int64_t steps() const { return steps_; }  // of a chunk
 
-  // Row j of x at step t of the chunk that was computed last: G gates, H elements apart.
-  RNNKERN_INLINE A* at(int64_t t, int64_t j) const {
-    return x_ + (p_->seq.data_row(rows_, t, j) - first_) * ld_;
+  // The rows of x at step t of the chunk that was computed last: G gates, H elements apart.
+  Matrix<A> rows(int64_t t) const {
+    StepRows rows(p_->seq, rows_, t);
+    rows.first -= first_;
+    return rows.of(x_, ld_);
   }
 
   // Packs this thread's part of W, unless that is done in pieces.

@@ -47,6 +47,34 @@ struct Matrix {
   T* row(int64_t j) const { return data + j * ld; }
 };
 
+// The rows of one step in data, for the inner loops: a store of a vector there may change whatever
+// is not a local variable, as the compiler sees it, so the way to a row must not lead through the
+// problem each time. Of a single row the neighbours are its other steps.
+struct StepRows {
+  const int64_t* order = nullptr;  // row at a sorted position; null: the identity
+  int64_t first = 0, distance = 0;
+
+  StepRows() = default;
+  StepRows(const Sequence& seq, const Rows& rows, int64_t t)
+      : order(seq.offset ? nullptr : seq.order),
+        first(seq.offset ? seq.offset[t] : t * rows.stride_t),
+        distance(seq.offset   ? 1
+                 : seq.B == 1 ? rows.stride_t
+                              : rows.stride_b) {}
+
+  RNNKERN_INLINE int64_t index(int64_t j) const { return order ? order[j] : j; }
+  // Those of a buffer of `width` elements a row, to be asked for by index; of null: null.
+  template <class T>
+  Matrix<T> of(T* data, int64_t width) const {
+    return {data ? data + first * width : nullptr, distance * width};
+  }
+};
+
+// Whether every step runs the same one row, and nothing happens between two.
+inline bool one_row_runs_on(const Sequence& seq) {
+  return seq.B == 1 && !seq.active && !seq.offset && !seq.resets;
+}
+
 // A call of no more rows, all steps together, is one chunk, and so reads its input weights once.
 // Where each thread has blocks of them, it packs them in pieces, just before it multiplies by them.
 constexpr int64_t kOneChunkRows = 128;
@@ -79,6 +107,7 @@ struct Place {
     unit_group = index % unit_groups;
   }
   int64_t rows(int64_t n) const {
+    if (row_groups == 1) return n;
     return n > row_group ? (n - row_group + row_groups - 1) / row_groups : 0;
   }
   int64_t sorted_row(int64_t m) const { return m * row_groups + row_group; }

@@ -317,6 +317,7 @@ struct Range {
 
 // Part `index` of `parts` nearly equal parts of [0, n).
 RNNKERN_INLINE Range part(int64_t n, int64_t index, int64_t parts) {
+  if (parts == 1) return {0, n};  // two divisions less
   return {n * index / parts, n * (index + 1) / parts};
 }
 
