@@ -35,10 +35,8 @@ def test_modules(name: str) -> None:
     assert set(told.plan) == {"forward", "backward"}
     assert 1 <= told.threads <= torch.get_num_threads()
     for plan in told.plan.values():
-        product = 1
-        for group in GROUPS:
-            product *= plan[group]
-        assert plan["threads"] == product
+        directions, rows, units = (plan[group] for group in GROUPS)
+        assert plan["threads"] == directions * (rows * units + plan["helpers"])
         assert plan["step_microseconds"] > 0
     assert name in str(told)
     assert "cpu kernel" in str(told)

@@ -64,6 +64,7 @@ py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P
   d["direction_groups"] = chosen.direction_groups;
   d["row_groups"] = chosen.row_groups;
   d["unit_groups"] = chosen.unit_groups;
+  d["helpers"] = chosen.helpers;
   d["step_microseconds"] = chosen.step_microseconds;
   return d;
 }

@@ -26,7 +26,7 @@ class BackwardLoop {
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_bytes).
-  BackwardLoop(const CpuBackwardProblem<T>& problem, int threads, unsigned char* base)
+  BackwardLoop(const CpuBackwardProblem<T>& problem, const Plan& plan, unsigned char* base)
       : p_(problem), projects_(problem.dir[0].W_hr) {
     Carver carver{base};
     const int64_t H = p_.H, B = p_.seq.B;
@@ -42,7 +42,7 @@ class BackwardLoop {
       if (projects_) s.projection = transposed(p_.P, H);
       s.dr[0] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
       s.dr[1] = Matrix<T>::carve(carver, B, phase_gates<Cell, 0> * H);
-      s.gradients = {p_, d, threads, carver};
+      s.gradients = {p_, d, plan, carver};
       if (h_enters_gates<Cell>) s.dh_direct = Matrix<A>::carve(carver, B, H);
       if (S == 2) s.dc = Matrix<A>::carve(carver, B, H);
       if (F == 2) s.dh = Matrix<A>::carve(carver, B, H);
@@ -51,7 +51,7 @@ class BackwardLoop {
       if (projects_) s.dh_projected = Matrix<T>::carve(carver, B, p_.P);
     }
     thread_elements_ = dir_[0].gradients.scratch_elements();
-    threads_scratch_ = carver.take<A>(threads * thread_elements_);
+    threads_scratch_ = carver.take<A>(plan.threads() * thread_elements_);
     scratch_bytes_ = carver.used;
   }
 
@@ -71,6 +71,7 @@ class BackwardLoop {
     w.blocks = s.first.blocks(p_.P);
     if (F == 2) w.blocks = minimum(w.blocks, s.second.blocks(p_.H));
     if (projects_) w.blocks = minimum(w.blocks, s.projection.blocks(p_.H));
+    w.chunks = p_.seq.active ? 1 : s.gradients.chunks();
     w.stages = F + (projects_ ? 1 : 0);
     w.element_bytes = sizeof(T);
     w.lanes = P::lanes;
@@ -89,7 +90,7 @@ class BackwardLoop {
     A* scratch = threads_scratch_ + rank * thread_elements_;
     for (int64_t d = mine.begin; d < mine.end; ++d) {
       time_loop(static_cast<int>(d), place, scratch,
-                place.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
+                place.share.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
                 place.unit_groups > 1 ? &barriers[place.barrier()] : nullptr);
     }
     if (p_.D == 2 && p_.dinput) {
@@ -115,20 +116,21 @@ class BackwardLoop {
     int64_t t_prev, rows_prev;  // the step visited before it; rows_prev = 0 in the first visit
     bool copied, copies;        // whether its dr is a copy; whether one is made of this step's
     int slot;                   // where the former is
+    typename Gradients<Cell, T>::Chunk chunk;
   };
 
   void prepare(int d, const Place& place) {
     Direction& s = dir_[d];
     const BackwardDirection<T, A>& io = p_.dir[d];
     const auto pack = [&](Weights<T, 1>& w, const T* R, int64_t ldr) {
-      w.set_columns(R, ldr, part(w.blocks(w.N), place.index, place.count));
+      w.set_columns(R, ldr, place.share.of(w.blocks(w.N)));
     };
     if (p_.seq.T > 1 || hands_out(d)) pack(s.first, io.R, p_.P);
     if (F == 2) pack(s.second, io.R + Cell::first[F - 1] * p_.H * p_.P, p_.P);
     if (projects_) pack(s.projection, io.W_hr, p_.H);
-    s.gradients.prepare(place);
+    s.gradients.prepare(place.share);
     // A row of length zero hands its final state's gradient through.
-    const Range rows = part(p_.seq.B, place.index, place.count);
+    const Range rows = place.share.of(p_.seq.B);
     for (int64_t j = maximum(rows.begin, p_.seq.rows_at(0)); j < rows.end; ++j) {
       for (int k = 0; k < S; ++k) {
         if (!io.dfinal[k] || !io.dinitial[k]) continue;
@@ -140,28 +142,37 @@ class BackwardLoop {
 
   int64_t state_width(int k) const { return k == 0 ? p_.P : p_.H; }
 
-  // Chunks of steps, each followed by its products. `all`: of the threads that share the direction;
-  // `barrier`: of those that share its rows.
+  // Chunks of steps, each followed by its products, which a helper makes while the next chunk's
+  // steps run. `all`: of the threads that share the direction; `barrier`: of those that share its
+  // rows.
   void time_loop(int d, const Place& place, A* scratch, Barrier* all, Barrier* barrier) {
-    const bool reverse = p_.dir[d].reverse;
     Gradients<Cell, T>& gradients = dir_[d].gradients;
-    const int64_t T_ = p_.seq.T, chunk = gradients.steps();
+    const auto close = [&](int64_t index, Share share, Barrier* sharers) {
+      gradients.close(gradients.chunk(index), share, scratch);
+      if (!gradients.ends_piece(index)) return;
+      if (sharers) sharers->wait();
+      gradients.add_piece(index, share);
+    };
+    const int64_t chunks = gradients.chunks();
     Step step{};
     step.t = -1;
-    for (int64_t s = 0; s < T_; s += chunk) {
-      const int64_t end = minimum(T_, s + chunk);
-      if (all) all->wait();  // the chunk before has been read
-      gradients.open(reverse ? s : T_ - end, reverse ? end : T_ - s, place);
-      if (all && gradients.clears()) all->wait();
-      visit(d, s, end, step, place, barrier);
-      if (all) all->wait();
-      gradients.close(s / chunk, place, scratch);
-      if (gradients.ends_piece(s / chunk)) {
+    for (int64_t i = 0; i < chunks; ++i) {
+      if (all && i > 0) all->wait();  // the buffers that this chunk takes have been read
+      step.chunk = gradients.chunk(i);
+      if (gradients.clears()) {
+        gradients.clear(step.chunk, place.share);
         if (all) all->wait();
-        gradients.add_piece(s / chunk, place);
       }
+      if (!place.helps) {
+        visit(d, step.chunk.begin, step.chunk.end, step, place, barrier);
+      } else if (i > 0) {
+        close(i - 1, kAlone, nullptr);
+      }
+      if (place.helped && i + 1 < chunks) continue;
+      if (all) all->wait();
+      close(i, place.share, all);
     }
-    if (hands_out(d)) visit(d, T_, T_ + 1, step, place, barrier);
+    if (hands_out(d) && !place.helps) visit(d, p_.seq.T, p_.seq.T + 1, step, place, barrier);
   }
 
   // Whether the state before the first step has a gradient to hand out.
@@ -245,7 +256,7 @@ class BackwardLoop {
     v.saved = v.rows.of(io.saved, K * p_.H);
     v.h_prev = v.rows.of(io.h_prev, p_.P);
     v.dy = StepRows(seq, p_.y_rows, step.t).of(io.dy, p_.D * p_.P);
-    v.chunk = s.gradients.step(step.t);
+    v.chunk = s.gradients.step(step.chunk, step.t);
     if (step.copies) v.dr = s.dr[step.slot ^ 1];
     v.dr_second = s.dr_second;
     v.dh_projected = s.dh_projected;
@@ -261,7 +272,7 @@ class BackwardLoop {
   Matrix<T> dr_before(int d, const Step& step) const {
     const Direction& s = dir_[d];
     if (step.copied || step.rows_prev == 0) return s.dr[step.slot];
-    return s.gradients.dr_of(s.gradients.step(step.t_prev).dx, 0);
+    return s.gradients.dr_of(s.gradients.step(step.chunk, step.t_prev).dx, 0);
   }
 
   // The state gradient that comes out of the step visited before, and this step's last phase.

@@ -174,13 +174,13 @@ Status run(const LoopKernel<Problem>& kernel, const Problem& problem, int thread
   const int first = 1 + plan.direction_groups;  // see Place for their order
   const int count = first + plan.direction_groups * plan.row_groups;
   const auto barrier_bytes = static_cast<int64_t>(sizeof(Barrier)) * count;
-  const Scratch memory(barrier_bytes + kernel.scratch_bytes(problem, plan.threads()));
+  const Scratch memory(barrier_bytes + kernel.scratch_bytes(problem, plan));
   if (!memory.data()) return Status::out_of_memory;
   auto* barriers = reinterpret_cast<Barrier*>(memory.data());
   for (int i = 0; i < count; ++i) {
-    const int groups = i == 0 ? plan.direction_groups : 1;
-    const int rows = i < first ? plan.row_groups : 1;
-    new (barriers + i) Barrier(groups * rows * plan.unit_groups);
+    new (barriers + i) Barrier(i == 0      ? plan.threads()
+                               : i < first ? plan.group_threads()
+                                           : plan.unit_groups);
   }
   Call<Problem> call{kernel, problem, plan, memory.data() + barrier_bytes, barriers};
   run_team(plan.threads(), Call<Problem>::body, &call);

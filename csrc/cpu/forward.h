@@ -24,12 +24,12 @@ class ForwardLoop {
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_bytes).
-  ForwardLoop(const ForwardProblem<T>& problem, int threads, unsigned char* base)
+  ForwardLoop(const ForwardProblem<T>& problem, const Plan& plan, unsigned char* base)
       : p_(problem), projects_(problem.dir[0].W_hr) {
     Carver carver{base};
     for (int d = 0; d < p_.D; ++d) {
       Direction& s = dir_[d];
-      s.input = {p_, d, threads, carver};
+      s.input = {p_, d, plan, carver};
       const auto place = [&](auto& w, int64_t K, int64_t N) {
         w = {K, N, few_rows(p_.seq) ? nullptr : carver.take<A>(w.size(K, N))};
         w.one_row = p_.seq.B == 1;
@@ -60,6 +60,7 @@ class ForwardLoop {
     w.blocks = s.first.blocks(p_.H);
     if constexpr (F == 2) w.blocks = minimum(w.blocks, s.second.blocks(p_.H));
     if (projects_) w.blocks = minimum(w.blocks, s.projection.blocks(p_.P));
+    w.chunks = p_.seq.active ? 1 : s.input.chunks();
     w.stages = F + (projects_ ? 1 : 0);
     w.element_bytes = sizeof(T);
     w.lanes = P::lanes;
@@ -77,7 +78,7 @@ class ForwardLoop {
     if (plan.threads() > 1) barriers[0].wait();
     for (int64_t d = mine.begin; d < mine.end; ++d) {
       time_loop(static_cast<int>(d), place,
-                place.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
+                place.share.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
                 place.unit_groups > 1 ? &barriers[place.barrier()] : nullptr);
     }
   }
@@ -97,15 +98,16 @@ class ForwardLoop {
     int64_t t, rows;            // this step
     int64_t t_next, rows_next;  // the step that runs after it; rows_next = 0 after the last
     int slot;                   // where h' is
+    typename InputProduct<T, G>::Chunk chunk;
   };
 
   // Packs this thread's part of the weights and sets the states of its part of the rows.
   void prepare(int d, const Place& place) {
     Direction& s = dir_[d];
     const ForwardDirection<T>& io = p_.dir[d];
-    s.input.prepare(place);
+    s.input.prepare(place.share);
     const auto pack = [&](auto& w, const T* R, int64_t ldr, const T* b) {
-      w.set_rows(R, ldr, b, part(w.blocks(w.N), place.index, place.count));
+      w.set_rows(R, ldr, b, place.share.of(w.blocks(w.N)));
     };
     pack(s.first, io.R, p_.P, io.b);
     if constexpr (F == 2) {
@@ -113,7 +115,7 @@ class ForwardLoop {
       pack(s.second, io.R + gate * p_.P, p_.P, io.b ? io.b + gate : nullptr);
     }
     if (projects_) pack(s.projection, io.W_hr, p_.H, nullptr);
-    const Range rows = part(p_.seq.B, place.index, place.count);
+    const Range rows = place.share.of(p_.seq.B);
     for (int64_t j = rows.begin; j < rows.end; ++j) set_initial(d, j);
   }
 
@@ -164,42 +166,55 @@ class ForwardLoop {
   // Chunks of x, and their steps. `all`: of the threads that share the direction; `barrier`: of
   // those that share its rows.
   void time_loop(int d, const Place& place, Barrier* all, Barrier* barrier) {
-    const bool reverse = p_.dir[d].reverse;
-    InputProduct<T, G>& input = dir_[d].input;
-    const int64_t T_ = p_.seq.T;
+    const InputProduct<T, G>& input = dir_[d].input;
+    const int64_t chunks = input.chunks();
     Step step{};
-    for (int64_t begin = 0; begin < T_; begin += input.steps()) {
-      const int64_t end = minimum(T_, begin + input.steps());
-      if (all && begin > 0) all->wait();  // the others have read the chunk before
-      input.run(reverse ? T_ - end : begin, reverse ? T_ - begin : end, place);
-      if (all) all->wait();
-      for (int64_t s = begin; s < end; ++s) {
-        step.t = reverse ? T_ - 1 - s : s;
-        step.t_next = reverse ? step.t - 1 : step.t + 1;
-        step.rows = p_.seq.rows_at(step.t);
-        step.rows_next = s + 1 < T_ ? p_.seq.rows_at(step.t_next) : 0;
-        if (step.rows == 0) continue;
-        if constexpr (F == 1) {
-          if (!projects_ && one_row_runs_on(p_.seq) && step.rows_next > 0) {
-            const int64_t count = minimum(end, T_ - 1) - s;
-            run_row(d, step, count, place, barrier);
-            step.slot ^= count & 1;
-            s += count - 1;
-            continue;
-          }
-        }
-        phase<0>(d, step, place);
-        if (barrier) barrier->wait();
-        if constexpr (F == 2) {
-          phase<1>(d, step, place);
-          if (barrier) barrier->wait();
-        }
-        if (projects_) {
-          project(d, step, place);
-          if (barrier) barrier->wait();
-        }
-        step.slot ^= 1;
+    for (int64_t i = 0; i < chunks; ++i) {
+      step.chunk = input.chunk(i);
+      if (i == 0 || !place.helped) {
+        input.run(step.chunk, place.share);
+        if (all) all->wait();
       }
+      if (!place.helps) {
+        run_chunk(d, step, place, barrier);
+      } else if (i + 1 < chunks) {
+        input.run(input.chunk(i + 1), kAlone);
+      }
+      if (all && i + 1 < chunks) all->wait();  // this chunk has been read, the helper's written
+    }
+  }
+
+  void run_chunk(int d, Step& step, const Place& place, Barrier* barrier) {
+    const bool reverse = p_.dir[d].reverse;
+    const int64_t T_ = p_.seq.T, steps = step.chunk.end - step.chunk.begin;
+    for (int64_t s = 0; s < steps; ++s) {
+      step.t = reverse ? step.chunk.end - 1 - s : step.chunk.begin + s;
+      step.t_next = reverse ? step.t - 1 : step.t + 1;
+      step.rows = p_.seq.rows_at(step.t);
+      const bool is_last = step.t_next < 0 || step.t_next == T_;
+      step.rows_next = is_last ? 0 : p_.seq.rows_at(step.t_next);
+      if (step.rows == 0) continue;
+      if constexpr (F == 1) {
+        if (!projects_ && one_row_runs_on(p_.seq) && !is_last) {
+          const bool ends = reverse ? step.chunk.begin == 0 : step.chunk.end == T_;
+          const int64_t count = steps - s - (ends ? 1 : 0);
+          run_row(d, step, count, place, barrier);
+          step.slot ^= count & 1;
+          s += count - 1;
+          continue;
+        }
+      }
+      phase<0>(d, step, place);
+      if (barrier) barrier->wait();
+      if constexpr (F == 2) {
+        phase<1>(d, step, place);
+        if (barrier) barrier->wait();
+      }
+      if (projects_) {
+        project(d, step, place);
+        if (barrier) barrier->wait();
+      }
+      step.slot ^= 1;
     }
   }
 
@@ -216,12 +231,13 @@ class ForwardLoop {
   View view(int d, const Step& step) const {
     const Direction& s = dir_[d];
     const ForwardDirection<T>& io = p_.dir[d];
-    View v{{p_.seq, p_.x_rows, step.t},
-           s.input.rows(step.t),
-           s.c,
-           s.h[step.slot],
-           s.h[step.slot ^ 1],
-           s.operand};
+    View v{};
+    v.rows = {p_.seq, p_.x_rows, step.t};
+    v.x = s.input.rows(step.chunk, step.t);
+    v.c = s.c;
+    v.h = s.h[step.slot];
+    v.next_h = s.h[step.slot ^ 1];
+    v.operand = s.operand;
     if constexpr (!kInPlace) v.gates = v.rows.of(io.x, p_.D * G * p_.H);
     v.saved = v.rows.of(io.saved, K * p_.H);
     v.y = StepRows(p_.seq, p_.y_rows, step.t).of(io.y, p_.D * p_.P);

@@ -24,6 +24,7 @@ class Gradients {
   using Part = OuterPart<T, A>;
   static constexpr int G = Cell::gates, L = Pack<A>::lanes;
   // A chunk: rows enough to pay for going through the sums, few enough for the cache.
+  // A call of one row takes the fewest, so that a helper can work one chunk behind.
   static constexpr int64_t kChunkBytes = 512 << 10, kLeastRows = 128, kMostRows = 256;
   // More chunks than this are summed in pieces, so that the rounding error does not grow with their
   // number.
@@ -38,18 +39,21 @@ class Gradients {
   static constexpr int dr_column(int phase) { return kOwnDr ? 1 : Cell::first[phase]; }
 
   Gradients() = default;
-  Gradients(const CpuBackwardProblem<T>& p, int d, int threads, Carver& carver)
+  Gradients(const CpuBackwardProblem<T>& p, int d, const Plan& plan, Carver& carver)
       : p_(&p), io_(&p.dir[d]) {
     const int64_t B = p.seq.B, bytes = G * p.H * static_cast<int64_t>(sizeof(T));
-    steps_ = clamp(clamp(kChunkBytes / bytes, kLeastRows, kMostRows) / B, 1, p.seq.T);
-    dx_ = Matrix<T>::carve(carver, steps_ * B, (G + kOwnDr) * p.H);
-    if (has_extra()) extra_ = Matrix<T>::carve(carver, steps_ * B, p.H);
-    if (kRecovers && !io_->W_hr) h_prev_ = Matrix<T>::carve(carver, steps_ * B, p.H);
-    if (io_->W_hr) dh_ = Matrix<T>::carve(carver, steps_ * B, p.P);
+    const int64_t most_rows = B == 1 ? kLeastRows : kMostRows;
+    steps_ = clamp(clamp(kChunkBytes / bytes, kLeastRows, most_rows) / B, 1, p.seq.T);
+    buffers_ = 1 + plan.helpers;
+    const int64_t rows = buffers_ * steps_ * B;
+    dx_ = Matrix<T>::carve(carver, rows, (G + kOwnDr) * p.H);
+    if (has_extra()) extra_ = Matrix<T>::carve(carver, rows, p.H);
+    if (kRecovers && !io_->W_hr) h_prev_ = Matrix<T>::carve(carver, rows, p.H);
+    if (io_->W_hr) dh_ = Matrix<T>::carve(carver, rows, p.P);
     if (p.dinput) {
       W_ = {G * p.H, p.I};
       if (kOwnDr) W_.first_row = (G - 1) * p.H;
-      in_pieces_ = is_one_chunk(p.seq) && W_.blocks(p.I) >= threads;
+      in_pieces_ = is_one_chunk(p.seq) && W_.blocks(p.I) >= plan.threads();
       if (!in_pieces_) W_.data = transposed_data<T>(carver, p.seq, G * p.H, p.I);
       dinput_ = d == 0 ? p.dinput : carver.take<T>(p.seq.data_rows() * p.I);
     }
@@ -68,59 +72,85 @@ class Gradients {
     return whole_lines<A>(maximum(sums, in_pieces_ ? W_.piece_size(G * p_->H, p_->I) : 0));
   }
 
-  int64_t steps() const { return steps_; }  // of a chunk
   RNNKERN_INLINE bool has_extra() const {
     return Cell::extra == Extra::operand || (Cell::extra == Extra::output && io_->W_hr);
   }
 
   // This thread's part of what comes before the first chunk.
-  void prepare(const Place& place) {
+  void prepare(Share share) {
     if (p_->dinput && !in_pieces_) {
-      W_.set_columns(io_->W, p_->I, part(W_.blocks(p_->I), place.index, place.count));
+      W_.set_columns(io_->W, p_->I, share.of(W_.blocks(p_->I)));
     }
   }
 
   // Whether a chunk has steps that no row runs, and so must be cleared before it is written.
   bool clears() const { return p_->seq.active && !p_->seq.offset; }
 
-  // Lets the chunk of steps [begin, end) be written, and clears this thread's part of it.
-  void open(int64_t begin, int64_t end, const Place& place) {
+  // `count` rows of steps from the loop's step `begin` to before `end`, and the buffers for them.
+  struct Chunk {
+    int64_t index, begin, end, count;
+    Rows local;  // rows of the buffers, from `first` on
+    int64_t first;
+    RowMap rows;  // where the chunk's rows are among all data
+    Matrix<T> dx, extra, h_prev, dh;
+  };
+  int64_t chunks() const { return (p_->seq.T + steps_ - 1) / steps_; }
+  // In the order of the time loop; the next chunk but one may overwrite it.
+  Chunk chunk(int64_t index) const {
     const Sequence& seq = p_->seq;
+    Chunk c{};
+    c.index = index;
+    c.begin = index * steps_;
+    c.end = minimum(seq.T, c.begin + steps_);
+    const int64_t steps = c.end - c.begin, t = io_->reverse ? c.begin : seq.T - c.end;
+    c.local = p_->x_rows;
     if (seq.offset) {
-      rows_ = {seq.offset[begin], 1, 1, 0};
-      count_ = seq.offset[end - 1] + seq.rows_at(end - 1) - rows_.first;
+      const int64_t last = t + steps - 1;
+      c.rows = {seq.offset[t], 1, 1, 0};
+      c.count = seq.offset[last] + seq.rows_at(last) - c.rows.first;
     } else {
-      count_ = (end - begin) * seq.B;
-      local_ = p_->x_rows;
+      c.count = steps * seq.B;
       if (p_->x_rows.stride_b == 1) {
-        rows_ = {begin * seq.B, 1, 1, 0};
+        c.rows = {t * seq.B, 1, 1, 0};
       } else {  // batch-major
-        local_.stride_b = end - begin;
-        rows_ = {begin, end - begin, p_->x_rows.stride_b, 1};
+        c.local.stride_b = steps;
+        c.rows = {t, steps, p_->x_rows.stride_b, 1};
       }
     }
-    first_ = seq.offset ? rows_.first : begin * local_.stride_t;
-    if (!clears()) return;
-    const Range mine = part(count_, place.index, place.count);
+    c.first = seq.offset ? c.rows.first : t * c.local.stride_t;
+    const int64_t row = index % buffers_ * steps_ * seq.B;
+    const auto from = [&](const Matrix<T>& m) {
+      return Matrix<T>{m.data ? m.row(row) : nullptr, m.ld};
+    };
+    c.dx = from(dx_);
+    c.extra = from(extra_);
+    c.h_prev = from(h_prev_);
+    c.dh = from(dh_);
+    return c;
+  }
+
+  // Clears this thread's part of a chunk.
+  void clear(const Chunk& c, Share share) const {
+    const Range mine = share.of(c.count);
     const auto clear = [&](const Matrix<T>& m) {
       const int64_t elements = (mine.end - mine.begin) * m.ld;
       if (m.data) std::memset(m.row(mine.begin), 0, static_cast<size_t>(elements) * sizeof(T));
     };
-    clear(dx_);
-    clear(extra_);
-    clear(h_prev_);
-    clear(dh_);
+    clear(c.dx);
+    clear(c.extra);
+    clear(c.h_prev);
+    clear(c.dh);
   }
 
-  // The rows of a step of the open chunk.
+  // The rows of a step of a chunk.
   struct StepOfChunk {
     Matrix<T> dx, extra, h_prev, dh;
   };
-  StepOfChunk step(int64_t t) const {
-    StepRows rows(p_->seq, local_, t);
-    rows.first -= first_;
+  StepOfChunk step(const Chunk& c, int64_t t) const {
+    StepRows rows(p_->seq, c.local, t);
+    rows.first -= c.first;
     const auto of = [&](const Matrix<T>& m) { return rows.of(m.data, m.ld); };
-    return {of(dx_), of(extra_), of(h_prev_), of(dh_)};
+    return {of(c.dx), of(c.extra), of(c.h_prev), of(c.dh)};
   }
   // dr of a phase among the columns of dx.
   Matrix<T> dr_of(const Matrix<T>& dx, int phase) const {
@@ -130,16 +160,16 @@ class Gradients {
   // Whether the chunk has the rows of a step in sorted order.
   bool in_order() const { return p_->seq.offset || !p_->seq.order; }
 
-  // This thread's part of the products of the chunk that was opened last, chunk `index` of the run.
-  void close(int64_t index, const Place& place, A* scratch) {
-    if (p_->dinput) multiply(place, scratch);
+  // This thread's part of the products of a chunk.
+  void close(const Chunk& c, Share share, A* scratch) const {
+    if (p_->dinput) multiply(c, share, scratch);
     const int64_t H = p_->H, gates = G * H;
     const WeightGradients<A>& s = sums_;
     const RowMap of_chunk{0, 1, 1, 0};
-    const Factor h_prev = h_prev_.data ? Factor{p_->H, h_prev_.data, h_prev_.ld, of_chunk}
-                                       : Factor{p_->P, io_->h_prev, p_->P, rows_};
+    const Factor h_prev = c.h_prev.data ? Factor{p_->H, c.h_prev.data, c.h_prev.ld, of_chunk}
+                                        : Factor{p_->P, io_->h_prev, p_->P, c.rows};
     OuterProblem<T, A> sums{
-        count_, index % kPiece != 0, {{p_->I, p_->input, p_->I, rows_}, h_prev}, {}};
+        c.count, c.index % kPiece != 0, {{p_->I, p_->input, p_->I, c.rows}, h_prev}, {}};
     // What belongs to the last gates, from `last` on, may have a factor of its own.
     const int64_t last = kOwnDr                          ? gates - H
                          : Cell::extra == Extra::operand ? Cell::first[Cell::phases - 1] * H
@@ -147,13 +177,13 @@ class Gradients {
     const auto from = [&](A* p, int64_t columns) { return p ? p + last * columns : nullptr; };
     A *last_dW = from(s.dW, p_->I), *last_dR = from(s.dR, p_->P);
     A *last_db_ih = from(s.db_ih, 1), *last_db_hh = from(s.db_hh, 1);
-    const T *dx = dx_.data + dx_column(0) * H, *dx_last = kOwnDr ? dx_.data : dx_.data + last;
-    sums.part[0] = {last, dx, dx_.ld, {s.dW, s.dR}, {s.db_ih, s.db_hh}};
-    Part dx_of_last{gates - last, dx_last, dx_.ld, {last_dW}, {last_db_ih}};
-    const Factor extra{H, extra_.data, extra_.ld, of_chunk};
+    const T *dx = c.dx.data + dx_column(0) * H, *dx_last = kOwnDr ? c.dx.data : c.dx.data + last;
+    sums.part[0] = {last, dx, c.dx.ld, {s.dW, s.dR}, {s.db_ih, s.db_hh}};
+    Part dx_of_last{gates - last, dx_last, c.dx.ld, {last_dW}, {last_db_ih}};
+    const Factor extra{H, c.extra.data, c.extra.ld, of_chunk};
     if (kOwnDr) {
       sums.part[1] = dx_of_last;
-      sums.part[2] = {H, dx_.data + gates, dx_.ld, {nullptr, last_dR}, {last_db_hh}};
+      sums.part[2] = {H, c.dx.data + gates, c.dx.ld, {nullptr, last_dR}, {last_db_hh}};
     } else if (Cell::extra == Extra::operand) {
       sums.b[2] = extra;
       dx_of_last.out[2] = last_dR;
@@ -161,19 +191,18 @@ class Gradients {
       sums.part[1] = dx_of_last;
     } else if (Cell::extra == Extra::output && io_->W_hr) {
       sums.b[2] = extra;
-      sums.part[1] = {p_->P, dh_.data, dh_.ld, {nullptr, nullptr, s.dW_hr}, {}};
+      sums.part[1] = {p_->P, c.dh.data, c.dh.ld, {nullptr, nullptr, s.dW_hr}, {}};
     }
-    Outer<T>::run(sums, scratch, place.index, place.count);
+    Outer<T>::run(sums, scratch, share.index, share.count);
   }
 
   // Whether the sums of a piece are complete after chunk `index`; then add_piece adds them up.
   bool ends_piece(int64_t index) const {
-    const int64_t chunks = (p_->seq.T + steps_ - 1) / steps_;
-    return chunks > kPiece && ((index + 1) % kPiece == 0 || index + 1 == chunks);
+    return chunks() > kPiece && ((index + 1) % kPiece == 0 || index + 1 == chunks());
   }
-  void add_piece(int64_t index, const Place& place) {
+  void add_piece(int64_t index, Share share) {
     for_each_sum([&](A* piece, A* out, int64_t count) {
-      const Range mine = part(count, place.index, place.count);
+      const Range mine = share.of(count);
       for (int64_t i = mine.begin; i < mine.end; ++i)
         out[i] = index < kPiece ? piece[i] : out[i] + piece[i];
     });
@@ -189,12 +218,12 @@ class Gradients {
   }
 
  private:
-  void multiply(const Place& place, A* scratch) {
+  void multiply(const Chunk& c, Share share, A* scratch) const {
     const int64_t blocks = W_.blocks(p_->I);
-    const bool split_rows = !in_pieces_ && (count_ >= 8 * place.count || blocks < place.count);
+    const bool split_rows = !in_pieces_ && (c.count >= 8 * share.count || blocks < share.count);
     const Range all{0, blocks};
-    const Range mine = split_rows ? all : part(blocks, place.index, place.count);
-    const Range rows = split_rows ? part(count_, place.index, place.count) : Range{0, count_};
+    const Range mine = split_rows ? all : share.of(blocks);
+    const Range rows = split_rows ? share.of(c.count) : Range{0, c.count};
     const int64_t n = rows.end - rows.begin, at_once = in_pieces_ ? decltype(W_)::NU : blocks;
     for (int64_t block = mine.begin; block < mine.end; block += at_once) {
       const Range units{block, minimum(block + at_once, mine.end)};
@@ -204,9 +233,9 @@ class Gradients {
         w.set_columns(io_->W, p_->I, units);
       }
       run_product(
-          w, dx_.row(rows.begin), dx_.ld, n, n, units,
+          w, c.dx.row(rows.begin), c.dx.ld, n, n, units,
           [&](int64_t m, int64_t u, int lanes, const A* r) RNNKERN_LAMBDA {
-            T* to = dinput_ + rows_.at(rows.begin + m) * p_->I + u;
+            T* to = dinput_ + c.rows.at(rows.begin + m) * p_->I + u;
             store(to, Pack<A>::load(r), lanes);
           },
           FetchNothing{});
@@ -230,13 +259,11 @@ class Gradients {
   const BackwardDirection<T, A>* io_ = nullptr;
   Weights<T, 1> W_;         // transposed
   bool in_pieces_ = false;  // see is_one_chunk
-  // [rows of a chunk, G·H or (see above) (G + 1)·H], [.., H], [.., H], [.., P]
+  // [rows of all buffers, G·H or (see above) (G + 1)·H], [.., H], [.., H], [.., P]
   Matrix<T> dx_, extra_, h_prev_, dh_;
   T* dinput_ = nullptr;
   WeightGradients<A> sums_{};  // of the present piece
-  Rows local_{};               // rows of the chunk's buffers, from first_ on
-  RowMap rows_{};              // where the chunk's rows are among all data
-  int64_t first_ = 0, count_ = 0, steps_ = 0;
+  int64_t steps_ = 0, buffers_ = 1;
 };
 
 }  // namespace

@@ -13,10 +13,10 @@ namespace {
 template <class Loop, class Problem>
 constexpr LoopKernel<Problem> loop_kernel() {
   return {
-      [](const Problem& p, int threads) { return Loop(p, threads, nullptr).scratch_bytes(); },
-      [](const Problem& p) { return Loop(p, 1, nullptr).work(); },
+      [](const Problem& p, const Plan& plan) { return Loop(p, plan, nullptr).scratch_bytes(); },
+      [](const Problem& p) { return Loop(p, Plan{}, nullptr).work(); },
       [](const Problem& p, const Plan& plan, unsigned char* scratch, Barrier* barriers, int rank) {
-        Loop(p, plan.threads(), scratch).run(plan, barriers, rank);
+        Loop(p, plan, scratch).run(plan, barriers, rank);
       },
   };
 }

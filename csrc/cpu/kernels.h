@@ -10,7 +10,7 @@ namespace rnnkern {
 
 template <class Problem>
 struct LoopKernel {
-  int64_t (*scratch_bytes)(const Problem&, int threads);
+  int64_t (*scratch_bytes)(const Problem&, const Plan&);
   Work (*work)(const Problem&);
   void (*run)(const Problem&, const Plan&, unsigned char* scratch, Barrier* barriers, int rank);
 };

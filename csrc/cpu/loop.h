@@ -90,21 +90,32 @@ Accumulator<T>* transposed_data(Carver& carver, const Sequence& seq, int64_t ope
   return carver.take<Accumulator<T>>(Weights<T, 1>::size(operand, units));
 }
 
-// A thread's place: its group of directions, every row_groups-th row, its part of every product's
-// blocks of units. Rows are dealt out in turn because the sorted order puts the long ones first.
+// A thread's share of what several do together.
+struct Share {
+  int index, count;
+  RNNKERN_INLINE Range of(int64_t n) const { return part(n, index, count); }
+};
+constexpr Share kAlone{0, 1};
+
+// A thread's place: its group of directions, and unless it is a helper, every row_groups-th row and
+// its part of every product's blocks of units. Rows are dealt out in turn because the sorted order
+// puts the long ones first.
 struct Place {
   int direction_group, direction_groups, row_group, row_groups, unit_group, unit_groups;
-  int index, count;  // among all threads of the direction group
+  Share share;  // among all threads of the direction group
+  bool helped;  // the group has a helper
+  bool helps;   // this is it
 
   Place(const Plan& plan, int rank)
       : direction_groups(plan.direction_groups),
         row_groups(plan.row_groups),
-        unit_groups(plan.unit_groups) {
-    count = row_groups * unit_groups;
-    direction_group = rank / count;
-    index = rank % count;
-    row_group = index / unit_groups;
-    unit_group = index % unit_groups;
+        unit_groups(plan.unit_groups),
+        helped(plan.helpers > 0) {
+    share = {rank % plan.group_threads(), plan.group_threads()};
+    direction_group = rank / share.count;
+    row_group = share.index / unit_groups;
+    unit_group = share.index % unit_groups;
+    helps = row_group == row_groups;
   }
   int64_t rows(int64_t n) const {
     if (row_groups == 1) return n;
@@ -132,6 +143,32 @@ RNNKERN_INLINE void run_stage(const Weights<T, NG>& w, const Matrix<T>& operand,
       [&](int64_t m, int64_t u, int64_t count)
           RNNKERN_LAMBDA { fetch(place.sorted_row(m), u, count); },
       downwards);
+}
+
+// The product of the single row `a`, without what only more rows need; emit and fetch get no row.
+template <class T, int NG, class Emit, class Fetch>
+RNNKERN_INLINE void run_row_product(const Weights<T, NG>& w, const T* a, Range mine, Emit&& emit,
+                                    Fetch&& fetch, bool downwards) {
+  using W = Weights<T, NG>;
+  using A = Accumulator<T>;
+  alignas(64) A out[W::NU * NG * W::L];
+  const int64_t N = w.N, by = downwards ? -W::NU : W::NU;
+  const int64_t groups = (mine.end - mine.begin + W::NU - 1) / W::NU;
+  int64_t first = mine.begin + (downwards ? (groups - 1) * W::NU : 0);
+  for (int64_t g = 0; g < groups; ++g, first += by) {
+    const int64_t count = minimum(W::NU, mine.end - first);
+    fetch(first * W::L, minimum(count * W::L, N - first * W::L));
+    w.multiply(a, 0, 1, first, count, out, nullptr);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t u = (first + i) * W::L;
+      const A* r = out + i * NG * W::L;
+      if (N - u >= W::L) {
+        emit(u, W::L, r);
+      } else {
+        emit(u, static_cast<int>(N - u), r);
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // t_step = max(flops / peak, bytes(weight slice) / bandwidth(level it fits)) + pointwise
-//        + [unit split] · stages · barrier
+//        + [unit split] · stages · barrier + inputs
 //
-// and a call costs T steps, the packing of the weights, the writing of their gradients, and the
+// where a helper makes max(.., inputs) of the last sum, but for the one chunk of inputs that nothing
+// hides; and a call costs T steps, the packing of the weights, the writing of their gradients, and the
 // waking of the team. The constants are of a current server core; they only have to rank the plans
 // of one call against each other.
 #include "cpu/plan.h"
@@ -46,15 +47,19 @@ double call_microseconds(const Work& work, Plan& plan) {
   const double bytes = elements * work.element_bytes;
   const double product =
       std::max(2 * elements * rows / flops_per_us, tiles * bytes / weight_rate(bytes, work.packs));
-  const double inputs = static_cast<double>(work.inputs) * share;
+  const double inputs = static_cast<double>(work.inputs) * (plan.helpers ? 1 : share);
   const double input_bytes =
       work.packs ? 0 : inputs * work.element_bytes;  // few rows: for each step
   const double input =
-      std::max(2 * inputs * rows / flops_per_us, input_bytes / weight_rate(input_bytes, false));
+      std::max(2 * inputs * (plan.helpers ? static_cast<double>(work.B) : rows) / flops_per_us,
+               input_bytes / weight_rate(input_bytes, false));
   const double pointwise =
       static_cast<double>(work.outputs) * share * rows / work.lanes * kPointwise;
   const double barrier = plan.unit_groups > 1 ? work.stages * kBarrier : 0;
-  plan.step_microseconds = directions * (input + product + pointwise + barrier);
+  const double recurrence = product + pointwise + barrier;
+  plan.step_microseconds = directions * (plan.helpers ? std::max(recurrence, input) +
+                                                            input / static_cast<double>(work.chunks)
+                                                      : recurrence + input);
   const double packed = work.packs ? static_cast<double>(work.D * (work.weights + work.inputs)) : 0;
   const double pack = packed * kPackPerElement / plan.threads();
   const double sums = static_cast<double>(work.D * work.sums * work.element_bytes) / kL3Rate;
@@ -84,15 +89,17 @@ Plan make_plan(const Work& work, int requested) {
   const int max_directions = static_cast<int>(std::min<int64_t>(work.D, threads));
   // Powers of two, and all threads that are left: a few dozen candidates even for 64 threads.
   const auto next = [](int n, int most) { return n < most ? std::min(2 * n, most) : most + 1; };
-  for (int d = 1; d <= max_directions; ++d) {
-    const int most_rows = static_cast<int>(std::min<int64_t>(work.B, threads / d));
+  const auto try_groups = [&](int directions, int helpers) {
+    const int runners = threads / directions - helpers;
+    const int most_rows = static_cast<int>(std::min<int64_t>(work.B, runners));
     for (int r = 1; r <= most_rows; r = next(r, most_rows)) {
-      const int most_units = static_cast<int>(std::min<int64_t>(work.blocks, threads / d / r));
+      const int most_units = static_cast<int>(std::min<int64_t>(work.blocks, runners / r));
       for (int u = 1; u <= most_units; u = next(u, most_units)) {
         Plan plan;
-        plan.direction_groups = d;
+        plan.direction_groups = directions;
         plan.row_groups = r;
         plan.unit_groups = u;
+        plan.helpers = helpers;
         const double time = call_microseconds(work, plan);
         if (time < best_time) {
           best = plan;
@@ -100,6 +107,10 @@ Plan make_plan(const Work& work, int requested) {
         }
       }
     }
+  };
+  for (int d = 1; d <= max_directions; ++d) {
+    try_groups(d, 0);
+    if (work.chunks > 1) try_groups(d, 1);
   }
   return best;
 }

@@ -1,10 +1,12 @@
 // The plan: how a team of threads shares one layer.
 //
-//   threads = direction_groups × row_groups × unit_groups
+//   threads = direction_groups × (row_groups × unit_groups + helpers)
 //
 // Directions and batch rows never talk to each other, so a split over them costs nothing but the
 // reading of the same weights by more cores. The threads of one unit split exchange the state at
-// every step and meet at one barrier a stage.
+// every step and meet at one barrier a stage. A helper takes no steps: where few threads can, it
+// makes the products of whole chunks of steps meanwhile, forward those of the next chunk, backward
+// those of the chunk before.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +22,7 @@ struct Work {
   bool packs;       // whether the weights are packed before the first step
   int64_t outputs;  // sum of the outputs of one step's products, per row and direction
   int64_t blocks;   // the fewest blocks of units that any of its products has
+  int64_t chunks;   // of steps; 1: a helper cannot be used
   int stages;       // products, and so barriers, in one step
   int element_bytes;
   int lanes;        // outputs in a vector
@@ -29,8 +32,10 @@ struct Work {
 
 struct Plan {
   int direction_groups = 1, row_groups = 1, unit_groups = 1;
+  int helpers = 0;               // 0 or 1, of each direction group
   double step_microseconds = 0;  // what the model expects of one step
-  int threads() const { return direction_groups * row_groups * unit_groups; }
+  int group_threads() const { return row_groups * unit_groups + helpers; }
+  int threads() const { return direction_groups * group_threads(); }
 };
 
 // The bytes of a core's L2, or 1 MiB where the system does not tell.

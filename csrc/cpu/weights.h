@@ -444,32 +444,5 @@ RNNKERN_INLINE void run_product(const Weights<T, NG>& w, const T* a, int64_t lda
   }
 }
 
-// The same for the single row `a`, without what only more rows need: emit(unit, lanes, r) and
-// fetch(unit, count).
-template <class T, int NG, class Emit, class Fetch>
-RNNKERN_INLINE void run_row_product(const Weights<T, NG>& w, const T* a, Range mine, Emit&& emit,
-                                    Fetch&& fetch, bool downwards) {
-  using W = Weights<T, NG>;
-  using A = Accumulator<T>;
-  alignas(64) A out[W::NU * NG * W::L];
-  const int64_t N = w.N, by = downwards ? -W::NU : W::NU;
-  const int64_t groups = (mine.end - mine.begin + W::NU - 1) / W::NU;
-  int64_t first = mine.begin + (downwards ? (groups - 1) * W::NU : 0);
-  for (int64_t g = 0; g < groups; ++g, first += by) {
-    const int64_t count = minimum(W::NU, mine.end - first);
-    fetch(first * W::L, minimum(count * W::L, N - first * W::L));
-    w.multiply(a, 0, 1, first, count, out, nullptr);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t u = (first + i) * W::L;
-      const A* r = out + i * NG * W::L;
-      if (N - u >= W::L) {
-        emit(u, W::L, r);
-      } else {
-        emit(u, static_cast<int>(N - u), r);
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace rnnkern

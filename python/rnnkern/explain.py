@@ -66,13 +66,14 @@ class Explanation:
         lines = [f"{self.cell}: {self.backend} kernel, {self.isa}, {types}"]
         for name, plan in self.plan.items():
             groups = ", ".join(
-                f"{plan[key]:.0f} over {what}"
-                for key, what in (
-                    ("direction_groups", "directions"),
-                    ("row_groups", "batch rows"),
-                    ("unit_groups", "hidden units"),
+                f"{plan[key]:.0f} {what}"
+                for key, what, least in (
+                    ("direction_groups", "over directions", 2),
+                    ("row_groups", "over batch rows", 2),
+                    ("unit_groups", "over hidden units", 2),
+                    ("helpers", "for the products of whole chunks", 1),
                 )
-                if plan[key] > 1
+                if plan[key] >= least
             )
             lines.append(
                 f"  {name}: {plan['threads']:.0f} thread(s){': ' + groups if groups else ''};"

@@ -113,13 +113,18 @@ def test_inference_in_chunks_equals_training(case: Case) -> None:
         assert all(map(torch.equal, found, wanted))
 
 
-@pytest.mark.parametrize("T", [64 * 64, 64 * 64 + 1, 65 * 64, 128 * 64])  # chunks of 64 steps
+# Chunks of 64 steps of 4 rows; and of 128 steps of one row, whose products a helper makes.
+@pytest.mark.parametrize(
+    ("T", "B", "H"),
+    [(64 * 64, 4, 2), (64 * 64 + 1, 4, 2), (65 * 64, 4, 2), (128 * 64, 4, 2), (128 * 65, 1, 8)],
+)
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_sums_of_more_chunks_than_a_piece_has(name: str, T: int) -> None:
-    theirs = getattr(nn, name)(3, 2, bidirectional=True, dtype=torch.float64)
-    ours = getattr(rnnkern, name)(3, 2, bidirectional=True, dtype=torch.float64)
+def test_sums_of_more_chunks_than_a_piece_has(name: str, T: int, B: int, H: int) -> None:
+    sizes = {"input_size": 3, "hidden_size": H, "bidirectional": B > 1, "dtype": torch.float64}
+    theirs, ours = getattr(nn, name)(**sizes), getattr(rnnkern, name)(**sizes)
     ours.load_state_dict(theirs.state_dict())
-    x, dy = torch.randn(T, 4, 3, dtype=torch.float64), torch.randn(T, 4, 4, dtype=torch.float64)
+    x = torch.randn(T, B, 3, dtype=torch.float64)
+    dy = torch.randn(T, B, 4 if B > 1 else H, dtype=torch.float64)
     wanted = torch.autograd.grad(theirs(x)[0], list(theirs.parameters()), dy)
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

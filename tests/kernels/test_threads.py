@@ -33,14 +33,17 @@ from rnnkern.cells import CELLS
 
 COUNTS = (1, 2, 3, 4, 7)
 
-# Sizes at which the plans of COUNTS split directions, rows, units, and rows and units at once.
+# Sizes at which the plans of COUNTS split directions, rows, units, and rows and units at once, and
+# one with a helper.
 SIZES = (
     {"T": 6, "B": 3, "H": 192},
     {"T": 5, "B": 17, "H": 70, "D": 2},
     {"T": 6, "B": 1, "H": 192, "D": 2},
     {"T": 4, "B": 6, "H": 130},
 )
+HELPED = ({"T": 600, "B": 1, "H": 40}, {"T": 300, "B": 1, "H": 33, "D": 2, "I": 200})
 LSTM_PROJECTED = ({"T": 5, "B": 5, "H": 200, "P": 150, "D": 2}, {"T": 6, "B": 1, "H": 192, "P": 70})
+LSTM_PROJECTED_HELPED = ({"T": 300, "B": 1, "H": 40, "P": 24},)
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,9 @@ def sized_cases(cell: str) -> list[Case]:
     cases += [Case(cell, T=9, B=7, I=70, H=192, D=2)]
     cases += [Case(cell, T=8, B=16, I=40, H=33)]  # W in pieces, and threads that split rows
     cases += [Case(cell, T=1, B=4, I=192, H=192)]  # nothing packed
+    helped = HELPED + (LSTM_PROJECTED_HELPED if cell == "lstm" else ())
+    for layout in ("padded", "batch_first"):
+        cases += [Case(cell, **{"I": 40, **s}, layout=layout) for s in helped]
     for more in (
         {"layout": "packed_unsorted", "resets": True, "reset_state": True},
         {"layout": "batch_first", "lengths": True, "resets": True, "reset_state": True},
@@ -72,7 +78,7 @@ def plan_of(case: Case, threads: int, backward: bool, dtype: torch.dtype) -> tup
     plan = cpu.KERNELS[dtype].plan(
         index, threads, case.T, case.B, case.H, P, case.D, case.I, backward
     )
-    return tuple(plan[f"{what}_groups"] for what in ("direction", "row", "unit"))
+    return (*(plan[f"{what}_groups"] for what in ("direction", "row", "unit")), plan["helpers"])
 
 
 def run_all(cases: list[Case], dtype: torch.dtype) -> list[Results]:
@@ -100,9 +106,10 @@ def test_the_sizes_reach_every_kind_of_plan(cell: str) -> None:
                 }
         for group in range(3):
             assert any(plan[group] > 1 for plan in plans), sorted(plans)
-        assert any(d > 1 and r * u > 1 for d, r, u in plans), sorted(plans)
-        assert any(r > 1 and u > 1 for _, r, u in plans), sorted(plans)
-        assert any(d * r * u == max(COUNTS) for d, r, u in plans), sorted(plans)
+        assert any(d > 1 and r * u > 1 for d, r, u, _ in plans), sorted(plans)
+        assert any(r > 1 and u > 1 for _, r, u, _ in plans), sorted(plans)
+        assert any(d * r * u == max(COUNTS) for d, r, u, _ in plans), sorted(plans)
+        assert {d for d, _, _, helpers in plans if helpers} == {1, 2}, sorted(plans)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), KERNELS, ids=str)

@@ -29,11 +29,11 @@ struct Shape {
   int64_t T, B, H, D;
 };
 // With 8 threads the cost model makes of these: splits by unit (B = 1), by row, by direction, and
-// combinations. 1, 7 and 33 leave tails in every register and block; 70 steps of 5 rows are several
-// chunks.
+// combinations; and of the last one, a helper. 1, 7 and 33 leave tails in every register and block;
+// 70 steps of 5 rows are several chunks.
 constexpr Shape kShapes[] = {
-    {1, 1, 1, 1},  {5, 1, 160, 1}, {4, 1, 96, 2},  {6, 3, 33, 1},
-    {5, 3, 64, 2}, {4, 17, 7, 2},  {3, 8, 160, 1}, {70, 5, 33, 2},
+    {1, 1, 1, 1},  {5, 1, 160, 1}, {4, 1, 96, 2},  {6, 3, 33, 1},   {5, 3, 64, 2},
+    {4, 17, 7, 2}, {3, 8, 160, 1}, {70, 5, 33, 2}, {600, 1, 40, 1},
 };
 constexpr int kTeams[] = {3, 8};
 
@@ -332,14 +332,15 @@ void check_sleep() {
 
 // How often each way to split the work was taken.
 struct Coverage {
-  int by_unit = 0, by_row = 0, by_direction = 0, mixed = 0;
+  int by_unit = 0, by_row = 0, by_direction = 0, mixed = 0, helped = 0;
   void count(const Plan& plan) {
     by_unit += plan.unit_groups > 1;
     by_row += plan.row_groups > 1;
     by_direction += plan.direction_groups > 1;
+    helped += plan.helpers > 0;
     mixed += plan.unit_groups > 1 && plan.direction_groups * plan.row_groups > 1;
   }
-  bool complete() const { return by_unit && by_row && by_direction && mixed; }
+  bool complete() const { return by_unit && by_row && by_direction && mixed && helped; }
 };
 
 template <class T>
@@ -383,9 +384,10 @@ void check_cell(int cell) {
       }
     }
   }
-  std::printf("%-12s%-18s plans split by unit %d, row %d, direction %d, mixed %d times\n",
-              current_isa(), info.name, coverage.by_unit, coverage.by_row, coverage.by_direction,
-              coverage.mixed);
+  std::printf(
+      "%-12s%-18s plans split by unit %d, row %d, direction %d, mixed %d, helped %d times\n",
+      current_isa(), info.name, coverage.by_unit, coverage.by_row, coverage.by_direction,
+      coverage.mixed, coverage.helped);
   if (!coverage.complete()) {
     ++failures;
     std::printf("FAILED: some way to split the work was never taken; other shapes are needed\n");
