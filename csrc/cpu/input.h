@@ -1,7 +1,8 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
-// reads a chunk while it is still in cache, and a helper makes the next one meanwhile. Training overwrites x with the activated gates, which
-// it keeps; otherwise, and where gates are kept in a narrower type, nothing of x outlives its
-// chunk. In a call of few rows W is packed in pieces (see is_one_chunk).
+// reads a chunk while it is still in cache, and a helper makes the next one meanwhile. Training
+// overwrites x with the activated gates, which it keeps; otherwise, and where gates are kept in a
+// narrower type, nothing of x outlives its chunk. In a call of few rows W is packed in pieces (see
+// is_one_chunk).
 #pragma once
 
 #include <type_traits>

@@ -1,10 +1,10 @@
 // t_step = max(flops / peak, bytes(weight slice) / bandwidth(level it fits)) + pointwise
 //        + [unit split] · stages · barrier + inputs
 //
-// where a helper makes max(.., inputs) of the last sum, but for the one chunk of inputs that nothing
-// hides; and a call costs T steps, the packing of the weights, the writing of their gradients, and the
-// waking of the team. The constants are of a current server core; they only have to rank the plans
-// of one call against each other.
+// where with a helper the last sum is max(.., inputs), but for the one chunk of inputs that nothing
+// hides; and a call costs T steps, the packing of the weights, the writing of their gradients, and
+// the waking of the team. The constants are of a current server core; they only have to rank the
+// plans of one call against each other.
 #include "cpu/plan.h"
 
 #include <algorithm>
