@@ -43,6 +43,17 @@ def test_modules(name: str) -> None:
     assert _native.isa() in str(told)
 
 
+def test_packed_data_have_no_helper(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: _native.allow_oversubscription(False))
+    _native.allow_oversubscription(True)
+    torch.set_num_threads(2)
+    x = torch.randn(600, 40)
+    for data, helpers in ((x.unsqueeze(1), 1), (pack_sequence([x]), 0)):
+        told = rnnkern.explain(rnnkern.LSTM(40, 40), data)
+        assert [plan["helpers"] for plan in told.plan.values()] == [helpers] * 2
+        assert ("whole chunks" in str(told)) == bool(helpers)
+
+
 @pytest.mark.parametrize("kind", [rnnkern.LSTMCell, rnnkern.GRUCell, rnnkern.RNNCell])
 def test_cells(kind: type[nn.RNNCellBase]) -> None:
     for x in (torch.randn(4, 3), torch.randn(3)):

@@ -39,14 +39,18 @@ void backward(int cell, int threads, const py::tuple& seq, const py::tuple& size
   raise(status);
 }
 
+// `ragged`: with lengths, or packed.
 template <class T>
 py::dict plan(int cell, int threads, int64_t T_, int64_t B, int64_t H, int64_t P, int64_t D,
-              int64_t I, bool back) {
+              int64_t I, bool back, bool ragged) {
   if (D < 1 || D > kMaxDirections) throw py::value_error("D: expected 1 or 2");
-  T some{};  // only whether there is a projection, or a gradient of the input, counts
+  // Only whether there is a projection, a gradient of the input, or rows that end counts.
+  T some{};
+  const int64_t active = 0;
   const auto sized = [&](auto problem) {
     problem.seq.T = T_;
     problem.seq.B = B;
+    if (ragged) problem.seq.active = &active;
     problem.H = H;
     problem.P = P;
     problem.I = I;

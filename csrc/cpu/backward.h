@@ -91,7 +91,7 @@ class BackwardLoop {
     for (int64_t d = mine.begin; d < mine.end; ++d) {
       time_loop(static_cast<int>(d), place, scratch,
                 place.share.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
-                place.unit_groups > 1 ? &barriers[place.barrier()] : nullptr);
+                place.unit_groups > 1 && !place.helps ? &barriers[place.barrier()] : nullptr);
     }
     if (p_.D == 2 && p_.dinput) {
       if (plan.threads() > 1) barriers[0].wait();
@@ -300,9 +300,9 @@ class BackwardLoop {
       const auto emit = [&](int64_t u, int n, const A* r) RNNKERN_LAMBDA {
         enter_units(d, v, 0, i * by, u, n, r);
       };
-      const auto fetch_next = [&](int64_t u, int64_t count)
-                                  RNNKERN_LAMBDA { fetch(v, i * by, u, count); };
-      run_row_product(w, dr.row((i - 1) * by), mine, emit, fetch_next, (step.slot + i) % 2 != 0);
+      const auto fetch_row = [&](int64_t u, int64_t count)
+                                 RNNKERN_LAMBDA { fetch(v, i * by, u, count); };
+      run_row_product(w, dr.row((i - 1) * by), mine, emit, fetch_row, (step.slot + i) % 2 != 0);
       if (barrier) barrier->wait();
     }
   }

@@ -79,7 +79,7 @@ class ForwardLoop {
     for (int64_t d = mine.begin; d < mine.end; ++d) {
       time_loop(static_cast<int>(d), place,
                 place.share.count > 1 ? &barriers[place.direction_barrier()] : nullptr,
-                place.unit_groups > 1 ? &barriers[place.barrier()] : nullptr);
+                place.unit_groups > 1 && !place.helps ? &barriers[place.barrier()] : nullptr);
     }
   }
 

@@ -1,5 +1,6 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
-// reads a chunk while it is still in cache, and a helper makes the next one meanwhile. Training
+// reads a chunk while it is still in cache, and a helper, if the plan has one, makes the
+// next one meanwhile. Training
 // overwrites x with the activated gates, which it keeps; otherwise, and where gates are kept in a
 // narrower type, nothing of x outlives its chunk. In a call of few rows W is packed in pieces (see
 // is_one_chunk).
@@ -34,9 +35,9 @@ class InputProduct {
     const bool far =
         W_bytes > kFarBytes || (W_bytes > l2_bytes() && kLeastRowsFar * bytes <= l2_bytes());
     const int64_t least = far ? kLeastRowsFar : kLeastRows;
-    const int64_t rows = is_one_chunk(p.seq) ? kOneChunkRows
-                         : p.seq.B == 1      ? kRowsOfOne
-                                             : maximum(kChunkBytes / bytes, least);
+    const int64_t rows = is_one_chunk(p.seq)    ? kOneChunkRows
+                         : p.seq.B == 1 && !far ? kRowsOfOne
+                                                : maximum(kChunkBytes / bytes, least);
     steps_ = clamp(rows / p.seq.B, 1, p.seq.T);
     w_ = {p.I, p.H};
     if (!few_rows(p.seq)) {
@@ -61,7 +62,8 @@ class InputProduct {
     A* x = nullptr;
   };
   int64_t chunks() const { return (p_->seq.T + steps_ - 1) / steps_; }
-  // In the order of the time loop; the next chunk but one may overwrite it.
+  // In the order of the time loop; two neighbours exist at once only
+  // with a helper.
   Chunk chunk(int64_t index) const {
     const int64_t T_ = p_->seq.T, s = index * steps_, e = minimum(T_, s + steps_);
     Chunk c{io_->reverse ? T_ - e : s, io_->reverse ? T_ - s : e, 0, x_};

@@ -70,9 +70,9 @@ struct StepRows {
   }
 };
 
-// Whether every step runs the same one row, and nothing happens between two.
+// Whether every step runs the same one row, and nothing happens between two steps.
 inline bool one_row_runs_on(const Sequence& seq) {
-  return seq.B == 1 && !seq.active && !seq.offset && !seq.resets;
+  return seq.B == 1 && !seq.active && !seq.offset && !seq.order && !seq.resets;
 }
 
 // A call of no more rows, all steps together, is one chunk, and so reads its input weights once.

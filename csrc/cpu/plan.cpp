@@ -63,7 +63,8 @@ double call_microseconds(const Work& work, Plan& plan) {
   const double packed = work.packs ? static_cast<double>(work.D * (work.weights + work.inputs)) : 0;
   const double pack = packed * kPackPerElement / plan.threads();
   const double sums = static_cast<double>(work.D * work.sums * work.element_bytes) / kL3Rate;
-  return static_cast<double>(work.T) * plan.step_microseconds + pack + sums / plan.threads() +
+  return static_cast<double>(work.T) * plan.step_microseconds + pack +
+         sums / (plan.helpers ? plan.direction_groups : plan.threads()) +
          (plan.threads() > 1 ? kTeamStart : 0);
 }
 

@@ -24,7 +24,16 @@ def backward_float32(
     directions: tuple[Any, ...],
 ) -> None: ...
 def plan_float32(
-    cell: int, threads: int, T: int, B: int, H: int, P: int, D: int, I: int, backward: bool
+    cell: int,
+    threads: int,
+    T: int,
+    B: int,
+    H: int,
+    P: int,
+    D: int,
+    I: int,
+    backward: bool,
+    ragged: bool,
 ) -> dict[str, Any]: ...
 
 forward_float64 = forward_float32

@@ -147,7 +147,11 @@ def explain(module: _Recurrent | _Cell, input: Tensor | PackedSequence) -> Expla
     cell, H = get_cell(name).index, module.hidden_size
     plan = {
         label: plan_of(
-            cell, torch.get_num_threads(), T, max(B, 1), H, P or H, D, data.shape[-1], backward
+            cell,
+            torch.get_num_threads(),
+            *(T, max(B, 1), H, P or H, D, data.shape[-1]),
+            backward,
+            isinstance(input, PackedSequence),
         )
         for label, backward in (("forward", False), ("backward", True))
     }

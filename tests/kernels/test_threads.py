@@ -41,7 +41,12 @@ SIZES = (
     {"T": 6, "B": 1, "H": 192, "D": 2},
     {"T": 4, "B": 6, "H": 130},
 )
-HELPED = ({"T": 600, "B": 1, "H": 40}, {"T": 300, "B": 1, "H": 33, "D": 2, "I": 200})
+HELPED = (
+    {"T": 600, "B": 1, "H": 40},
+    {"T": 300, "B": 1, "H": 33, "D": 2, "I": 200},
+    {"T": 500, "B": 2, "H": 32, "D": 2},
+    {"T": 500, "B": 4, "H": 64},
+)
 LSTM_PROJECTED = ({"T": 5, "B": 5, "H": 200, "P": 150, "D": 2}, {"T": 6, "B": 1, "H": 192, "P": 70})
 LSTM_PROJECTED_HELPED = ({"T": 300, "B": 1, "H": 40, "P": 24},)
 
@@ -76,7 +81,11 @@ def plan_of(case: Case, threads: int, backward: bool, dtype: torch.dtype) -> tup
     P = case.P or case.H
     index = CELLS[case.cell].index
     plan = cpu.KERNELS[dtype].plan(
-        index, threads, case.T, case.B, case.H, P, case.D, case.I, backward
+        index,
+        threads,
+        *(case.T, case.B, case.H, P, case.D, case.I),
+        backward,
+        case.packed or case.lengths,
     )
     return (*(plan[f"{what}_groups"] for what in ("direction", "row", "unit")), plan["helpers"])
 
@@ -110,6 +119,8 @@ def test_the_sizes_reach_every_kind_of_plan(cell: str) -> None:
         assert any(r > 1 and u > 1 for _, r, u, _ in plans), sorted(plans)
         assert any(d * r * u == max(COUNTS) for d, r, u, _ in plans), sorted(plans)
         assert {d for d, _, _, helpers in plans if helpers} == {1, 2}, sorted(plans)
+        if CELLS[cell].gates > 1:  # the steps of one gate are too cheap at these sizes
+            assert any(r * u > 1 for _, r, u, helpers in plans if helpers), sorted(plans)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), KERNELS, ids=str)
