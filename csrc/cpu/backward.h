@@ -11,7 +11,7 @@
 // one of two slots, because a group reads the one while it writes the other.
 #pragma once
 
-#include "cpu/gradients.h"
+#include "cpu/views.h"
 
 namespace rnnkern {
 namespace {
@@ -23,6 +23,7 @@ class BackwardLoop {
   static_assert(F == 1 || h_enters_gates<Cell>, "phase 0 adds to dprev[0] of the last phase");
   using A = Accumulator<T>;
   using P = Pack<A>;
+  using View = BackwardView<Cell, T>;
 
  public:
   // Lays the scratch out in `base`; null only measures it (see scratch_bytes).
@@ -71,7 +72,7 @@ class BackwardLoop {
     w.blocks = s.first.blocks(p_.P);
     if (F == 2) w.blocks = minimum(w.blocks, s.second.blocks(p_.H));
     if (projects_) w.blocks = minimum(w.blocks, s.projection.blocks(p_.H));
-    w.chunks = p_.seq.active ? 1 : s.gradients.chunks();
+    w.chunks = p_.seq.B == 1 && !p_.seq.active ? s.gradients.chunks() : 1;  // see plan.h
     w.stages = F + (projects_ ? 1 : 0);
     w.element_bytes = sizeof(T);
     w.lanes = P::lanes;
@@ -219,21 +220,6 @@ class BackwardLoop {
       step.slot ^= 1;
     }
   }
-
-  // What the units of one step read and write: rows of the step in data, to be asked for by index,
-  // and of the private matrices.
-  struct View {
-    StepRows rows;
-    Matrix<const T> gates, saved, h_prev, dy, gates_before;
-    typename Gradients<Cell, T>::StepOfChunk chunk;
-    Matrix<T> dr, dr_second, dh_projected;  // copies, or null
-    Matrix<A> dh_direct, dh, dc;
-    // How many rows run this step, the one visited before it, and the one before it in forward's
-    // order; and whose resets lie between this step and either of them.
-    int64_t now, prev, before, t_prev, t_before;
-    int64_t H;
-    bool resets, reverse, projects;
-  };
 
   View view(int d, const Step& step) const {
     const Direction& s = dir_[d];

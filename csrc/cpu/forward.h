@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/input.h"
+#include "cpu/views.h"
 
 namespace rnnkern {
 namespace {
@@ -19,6 +20,7 @@ class ForwardLoop {
   static constexpr int G = Cell::gates, S = Cell::states, K = Cell::saved, F = Cell::phases;
   using A = Accumulator<T>;
   using P = Pack<A>;
+  using View = ForwardView<T>;
   static constexpr int L = P::lanes;
   static constexpr bool kInPlace = std::is_same_v<T, A>;  // gates are kept where x was
 
@@ -217,16 +219,6 @@ class ForwardLoop {
       step.slot ^= 1;
     }
   }
-
-  // What the units of one step read and write: rows of the step in all data, to be asked for by
-  // index, and of the private matrices.
-  struct View {
-    StepRows rows;
-    Matrix<A> x, c;
-    Matrix<T> h, next_h, operand, gates, saved, y, next_h_prev;
-    int64_t H, rows_next, t_boundary;  // the last: whose resets lie between this step and the next
-    bool training, projects, resets;
-  };
 
   View view(int d, const Step& step) const {
     const Direction& s = dir_[d];

@@ -95,8 +95,7 @@ class Gradients {
     Matrix<T> dx, extra, h_prev, dh;
   };
   int64_t chunks() const { return (p_->seq.T + steps_ - 1) / steps_; }
-  // In the order of the time loop; two neighbours exist at once only
-  // with a helper.
+  // In the order of the time loop; two neighbours exist at once only with a helper.
   Chunk chunk(int64_t index) const {
     const Sequence& seq = p_->seq;
     Chunk c{};

@@ -1,9 +1,8 @@
 // The input product of one direction, x = W·input + b, a chunk of steps at a time: the time loop
-// reads a chunk while it is still in cache, and a helper, if the plan has one, makes the
-// next one meanwhile. Training
-// overwrites x with the activated gates, which it keeps; otherwise, and where gates are kept in a
-// narrower type, nothing of x outlives its chunk. In a call of few rows W is packed in pieces (see
-// is_one_chunk).
+// reads a chunk while it is still in cache, and a helper, if the plan has one, makes the next one
+// meanwhile. Training overwrites x with the activated gates, which it keeps; otherwise, and where
+// gates are kept in a narrower type, nothing of x outlives its chunk. In a call of few rows W is
+// packed in pieces (see is_one_chunk).
 #pragma once
 
 #include <type_traits>
@@ -62,8 +61,7 @@ class InputProduct {
     A* x = nullptr;
   };
   int64_t chunks() const { return (p_->seq.T + steps_ - 1) / steps_; }
-  // In the order of the time loop; two neighbours exist at once only
-  // with a helper.
+  // In the order of the time loop; two neighbours exist at once only with a helper.
   Chunk chunk(int64_t index) const {
     const int64_t T_ = p_->seq.T, s = index * steps_, e = minimum(T_, s + steps_);
     Chunk c{io_->reverse ? T_ - e : s, io_->reverse ? T_ - s : e, 0, x_};

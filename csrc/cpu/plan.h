@@ -22,8 +22,10 @@ struct Work {
   bool packs;       // whether the weights are packed before the first step
   int64_t outputs;  // sum of the outputs of one step's products, per row and direction
   int64_t blocks;   // the fewest blocks of units that any of its products has
-  int64_t chunks;   // of steps; 1: a helper cannot be used
-  int stages;       // products, and so barriers, in one step
+  // Of steps; 1: no helper. Where rows end, chunks are cleared before they are written; and
+  // backward gains nothing from one with more than one row.
+  int64_t chunks;
+  int stages;  // products, and so barriers, in one step
   int element_bytes;
   int lanes;        // outputs in a vector
   int tile_rows;    // of operands that a pass over the weights is multiplied with

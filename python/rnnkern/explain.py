@@ -36,11 +36,12 @@ class Explanation:
     threads : int
         Threads of the team, from ``torch.get_num_threads()`` and the plan.
     plan : dict
-        On a CPU how the team shares each pass: groups over directions, batch rows and hidden units.
-        On a GPU, of each pass, its kind ("stepwise": a launch for each step, or "persistent": one
-        for all), whether tensor cores multiply, the batch rows of a block, whether it has more
-        units where these have few products, and of a persistent kernel the groups, the blocks of
-        each, and the bytes of weights that a block keeps and streams.
+        On a CPU how the team shares each pass: groups over directions, batch rows and hidden units,
+        and helpers, which make the products of whole chunks of steps. On a GPU, of each pass, its
+        kind ("stepwise": a launch for each step, or "persistent": one for all), whether tensor
+        cores multiply, the batch rows of a block, whether it has more units where these have few
+        products, and of a persistent kernel the groups, the blocks of each, and the bytes of
+        weights that a block keeps and streams.
     """
 
     cell: str
