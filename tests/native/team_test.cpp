@@ -4,7 +4,7 @@
 // core/problem.h. See sanitize.sh.
 //
 // ThreadSanitizer does not see AVX-512's masked loads and stores; the other ISAs run the same loops
-// with plain ones.
+// with plain ones. So it leaves AVX-512 out, but for bfloat16, which has loops of its own.
 #include "cpu/team.h"
 
 #include <algorithm>
@@ -25,6 +25,12 @@ namespace {
 
 using namespace rnnkern;
 
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+
 struct Shape {
   int64_t T, B, H, D;
 };
@@ -33,7 +39,7 @@ struct Shape {
 // 70 steps of 5 rows are several chunks.
 constexpr Shape kShapes[] = {
     {1, 1, 1, 1},  {5, 1, 160, 1}, {4, 1, 96, 2},  {6, 3, 33, 1},   {5, 3, 64, 2},
-    {4, 17, 7, 2}, {3, 8, 160, 1}, {70, 5, 33, 2}, {400, 1, 40, 1},
+    {4, 17, 7, 2}, {3, 8, 160, 1}, {70, 5, 33, 2}, {160, 1, 40, 1},
 };
 constexpr int kTeams[] = {3, 8};
 
@@ -398,7 +404,7 @@ void check_cell(int cell) {
 
 }  // namespace
 
-// Arguments: the ISAs to run; by default all that this CPU supports.
+// Arguments: the ISAs to run; by default all that this CPU supports (see above).
 int main(int argc, char** argv) {
   for (const bool asleep : {false, true}) {
     for (const int size : {1, 2, 3, 8}) check_barrier(size, asleep);
@@ -409,7 +415,10 @@ int main(int argc, char** argv) {
 #endif
   rnnkern::allow_oversubscription(true);  // teams larger than the machine
   std::vector<const char*> isas(argv + 1, argv + argc);
-  for (int i = 0; argc == 1 && supported_isa(i); ++i) isas.push_back(supported_isa(i));
+  for (int i = 0; argc == 1 && supported_isa(i); ++i) {
+    if (!kThreadSanitizer || std::strcmp(supported_isa(i), "avx512") != 0)
+      isas.push_back(supported_isa(i));
+  }
   for (const char* isa : isas) {
     if (!select_isa(isa)) {
       std::printf("%s: not an ISA of this CPU\n", isa);
