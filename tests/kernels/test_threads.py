@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -44,7 +45,7 @@ SIZES = (
 HELPED = (
     {"T": 300, "B": 1, "H": 40},
     {"T": 300, "B": 1, "H": 33, "D": 2, "I": 200},
-    {"T": 300, "B": 2, "H": 32, "D": 2},
+    {"T": 400, "B": 2, "H": 32, "D": 2},
     {"T": 300, "B": 4, "H": 64},
 )
 LSTM_PROJECTED = ({"T": 5, "B": 5, "H": 200, "P": 150, "D": 2}, {"T": 6, "B": 1, "H": 192, "P": 70})
@@ -105,14 +106,13 @@ def run_all(cases: list[Case], dtype: torch.dtype) -> list[Results]:
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_sizes_reach_every_kind_of_plan(cell: str) -> None:
     for backward in (False, True):
-        plans = set()
+        plans, helped_rows = set(), set()
         for isa, dtype in KERNELS:
             with use_isa(isa):
-                plans |= {
-                    plan_of(case, threads, backward, dtype)
-                    for case in sized_cases(cell)
-                    for threads in COUNTS
-                }
+                for case, threads in itertools.product(sized_cases(cell), COUNTS):
+                    plan = plan_of(case, threads, backward, dtype)
+                    plans.add(plan)
+                    helped_rows |= {case.B} if plan[-1] else set()
         for group in range(3):
             assert any(plan[group] > 1 for plan in plans), sorted(plans)
         assert any(d > 1 and r * u > 1 for d, r, u, _ in plans), sorted(plans)
@@ -121,6 +121,7 @@ def test_the_sizes_reach_every_kind_of_plan(cell: str) -> None:
         assert {d for d, _, _, helpers in plans if helpers} == {1, 2}, sorted(plans)
         if CELLS[cell].gates > 1 and not backward:  # else steps are too cheap at these sizes
             assert any(r * u > 1 for _, r, u, helpers in plans if helpers), sorted(plans)
+            assert helped_rows == {1, 2, 4}
 
 
 @pytest.mark.parametrize(("isa", "dtype"), KERNELS, ids=str)
