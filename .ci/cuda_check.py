@@ -1,11 +1,12 @@
 """Check what nvcc makes of csrc/cuda: spilled registers, tensor cores, read-only loads, libraries.
 
-    python .ci/cuda_check.py          for the architectures of a build without a GPU
-    python .ci/cuda_check.py --all    for every architecture that wheels carry, and the oldest
-    python .ci/cuda_check.py --list   also print the registers of each kernel
-    python .ci/cuda_check.py --built  only PTX, for sm_80 and sm_75, and which libraries the
-                                      installed module needs; spills are the build's to show
-    python .ci/cuda_check.py --nvcc   print the compiler, or nothing, and check nothing
+    python .ci/cuda_check.py                for the architectures of a build without a GPU
+    python .ci/cuda_check.py --all          for every architecture that wheels carry, and the oldest
+    python .ci/cuda_check.py --list         also print the registers of each kernel
+    python .ci/cuda_check.py --built KEPT   the installed module's libraries and the PTX that its
+                                            build kept there (nvcc --keep), whose spills are the
+                                            build's to show; the benchmark; PTX for the oldest
+    python .ci/cuda_check.py --nvcc         print the compiler, or nothing, and check nothing
 
 Needs nvcc, where CMake finds it; without it, nothing is checked and the exit status is 0.
 """
@@ -27,8 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FEW = ("80", "90a")
 WHEELS = re.search(r"wheel_archs ([^)]*)", (ROOT / "csrc/cuda/archs.cmake").read_text())
 assert WHEELS is not None
-ALL = ("75", *re.findall(r"(\w+)-real", WHEELS[1]))
+OLDEST = "75"
+ALL = (OLDEST, *(name.removesuffix("-real") for name in WHEELS[1].split()))
 TENSOR_TYPES = ("float16", "bfloat16", "float32")
+OLDEST_TENSOR_TYPES = ("float16",)
 TYPES = (*TENSOR_TYPES, "float64")
 PERSISTENT = ("forward_sequence", "backward_sequence")
 KERNEL = re.compile(
@@ -70,18 +73,23 @@ def compile_one(source: Path, architecture: str, folder: Path) -> list[re.Match[
     return list(KERNEL.finditer(said))
 
 
-def read_ptx(source: Path, architecture: str, folder: Path) -> tuple[int, list[str]]:
-    """Return how many kernels the PTX of a file has, and what is wrong in it.
-
-    The architecture has tensor cores for the file's type.
-
-    TensorProduct must use mma. Stages of one kernel read what other blocks wrote in the stage
-    before: through the read-only cache they might not see it. So do the steps of a persistent
-    kernel, whose blocks tell each other by a release and an acquire.
-    """
-    target = folder / f"{source.stem}.{architecture}.ptx"
+def make_ptx(source: Path, architecture: str, folder: Path) -> Path:
+    """Compile one file to PTX for one architecture."""
+    target = folder / f"{source.stem}.compute_{architecture}.ptx"
     nvcc(f"-arch=compute_{architecture}", "-ptx", str(source), "-o", str(target))
-    entries = re.split(r"\.entry ", target.read_text())[1:]
+    return target
+
+
+def read_ptx(target: Path) -> tuple[int, list[str]]:
+    """Return how many kernels the PTX of a type's file has, and what is wrong in it.
+
+    TensorProduct must use mma, where there are tensor cores for the type. Stages of one kernel read
+    what other blocks wrote in the stage before: through the read-only cache they might not see it.
+    So do the steps of a persistent kernel, whose blocks tell each other by a release and an
+    acquire.
+    """
+    kind, text = target.name.split(".")[0], target.read_text()
+    head, *entries = re.split(r"\.entry ", text)
     name = {e: e.split("(", 1)[0] for e in entries}
     faults = [f"{name[e]}: read-only loads" for e in entries if "ld.global.nc" in e]
     for kernel in PERSISTENT:
@@ -89,12 +97,13 @@ def read_ptx(source: Path, architecture: str, folder: Path) -> tuple[int, list[s
         for word in ("red.release.gpu", "ld.acquire.gpu"):
             faults += [f"{name[e]}: no {word}" for e in persistent if word not in e]
         if not persistent:
-            faults.append(f"{source.name}: no {kernel}")
-    if source.stem not in TENSOR_TYPES:
+            faults.append(f"no {kernel}")
+    oldest = re.search(rf"^\.target sm_{OLDEST}\b", head, re.MULTILINE)
+    if kind not in (OLDEST_TENSOR_TYPES if oldest else TENSOR_TYPES):
         return len(entries), faults
     tensor = [e for e in entries if "TensorProduct" in name[e]]
     if not tensor:
-        faults.append(f"{source.name}: no kernel with TensorProduct at all")
+        faults.append("no kernel with TensorProduct at all")
     faults += [f"{name[e]}: no tensor cores" for e in tensor if "mma.sync" not in e]
     return len(entries), faults
 
@@ -120,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--built", action="store_true")
+    parser.add_argument("--built", type=Path, metavar="KEPT")
     parser.add_argument("--nvcc", action="store_true")
     options = parser.parse_args()
     if options.nvcc:
@@ -137,16 +146,26 @@ def main() -> int:
         jobs = {
             (s, a): pool.submit(compile_one, s, a, folder) for a in architectures for s in sources
         }
-        ptx = [
-            pool.submit(read_ptx, s, a, folder)
+        compiled = () if options.built else architectures
+        made = [
+            pool.submit(make_ptx, s, a, folder)
             for s in kernels
             if s.stem in TYPES
-            for a in {*(FEW[:1] if options.built else architectures), "75"}
-            if a != "75" or s.stem == "float16"
+            for a in {*compiled, OLDEST}
+            if a != OLDEST or s.stem in OLDEST_TENSOR_TYPES
         ]
-        wrong = [line for job in ptx for line in job.result()[1]]
-        wrong += read_libraries() if options.built else []
-        read, count = sum(job.result()[0] for job in ptx), 0
+        ptx = [job.result() for job in made]
+        wrong, read, count = [], 0, 0
+        if options.built:
+            wrong += read_libraries()
+            for kind in TYPES:
+                kept = sorted(options.built.glob(f"{kind}.*ptx"))
+                wrong += [] if kept else [f"{options.built}: no {kind}.*ptx of nvcc --keep"]
+                ptx += kept
+        for target in ptx:
+            kernels_read, faults = read_ptx(target)
+            read += kernels_read
+            wrong += [f"{target.name}: {fault}" for fault in faults]
         for (source, architecture), job in jobs.items():
             for kernel in job.result():
                 count += 1

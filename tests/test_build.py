@@ -88,7 +88,7 @@ def test_the_switch_has_three_positions(tmp_path: Path) -> None:
 
 
 # ---- architectures ------------------------------------------------------------------------------
-WITHOUT_GPU = "80-real;90a-real;90-virtual"
+WITHOUT_GPU = "80;90a-real"
 
 
 def program(path: Path, text: str) -> Path:
@@ -158,11 +158,11 @@ def test_architectures_where_no_gpu_is_seen(tmp_path: Path, smi: str | None) -> 
         (["6.1", "8.9", "7.2"], "89-real"),
         (["7.5"], WITHOUT_GPU),  # older than this compiler supports
         (["13.0"], WITHOUT_GPU),  # newer than it knows: PTX
-        (["8.0", "13.0"], "80-real;90-virtual"),
-        (["13.0", "9.0", "12.0", "14.0"], "90a-real;120-real;90-virtual"),
+        (["8.0", "13.0"], "80"),
+        (["13.0", "9.0", "12.0", "14.0"], "90a-real;120-real;80"),
         (["8.8"], WITHOUT_GPU),  # not known, but what is built for 8.0 runs there
-        (["8.8", "9.0"], "90a-real;80-real"),
-        (["8.0", "8.8"], "80-real"),
+        (["8.8", "9.0"], "90a-real;80"),
+        (["8.0", "8.8"], "80"),
         (["7.5", "8.9"], "89-real"),
     ],
     ids=str,
@@ -183,5 +183,5 @@ def test_architectures_that_are_given(tmp_path: Path, archs: str) -> None:
 
 
 def test_architectures_of_wheels(tmp_path: Path) -> None:
-    wanted = "80-real;86-real;89-real;90a-real;120-real;90-virtual"
+    wanted = "80;86-real;89-real;90a-real;120-real"
     assert chosen(tmp_path, gpus("8.0"), archs="wheels") == wanted

@@ -1,9 +1,11 @@
 # The architectures that the CUDA kernels are compiled for: RNNKERN_CUDA_ARCHS, as CMake's CUDA_ARCHITECTURES.
 #
 # Left as it is where it is set, unless to `wheels`; otherwise the GPUs of this machine, as far as CMAKE_CUDA_COMPILER
-# knows them. tests/test_build.py runs this file alone.
+# knows them. 80 alone is sm_80, which all 8.x run, and its PTX for all that come later: nvcc makes that on the way to
+# sm_80, where PTX for 9.0 would take a third of the build and have nothing more in it. tests/test_build.py runs this
+# file alone.
 
-set(wheel_archs 80-real 86-real 89-real 90a-real 120-real 90-virtual)
+set(wheel_archs 80 86-real 89-real 90a-real 120-real)
 
 if(RNNKERN_CUDA_ARCHS STREQUAL "wheels")
   set(RNNKERN_CUDA_ARCHS ${wheel_archs})
@@ -25,17 +27,14 @@ elseif(NOT RNNKERN_CUDA_ARCHS)
     endif()
     list(TRANSFORM found REPLACE "^90$" "90a")  # Hopper's own instructions
     list(TRANSFORM found APPEND "-real")
-    foreach(gpu IN LISTS unknown)
-      if(found AND gpu GREATER 90)
-        list(APPEND found 90-virtual)
-      elseif(found AND gpu GREATER 80)
-        list(APPEND found 80-real)  # which all 8.x run; PTX for 9.0 they do not
-      endif()
-    endforeach()
-    list(REMOVE_DUPLICATES found)
+    list(FILTER unknown INCLUDE REGEX "^(8[1-9]|9.|[1-9]..)$")  # newer than sm_80
+    if(found AND unknown)
+      list(REMOVE_ITEM found 80-real)
+      list(APPEND found 80)
+    endif()
     set(RNNKERN_CUDA_ARCHS ${found})
   endif()
   if(NOT RNNKERN_CUDA_ARCHS)  # no GPU, or none that the compiler knows
-    set(RNNKERN_CUDA_ARCHS "80-real;90a-real;90-virtual")
+    set(RNNKERN_CUDA_ARCHS "80;90a-real")
   endif()
 endif()
