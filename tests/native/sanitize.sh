@@ -48,5 +48,5 @@ runtimes=$(ldd "$work"/site/rnnkern/_cpu.*.so |
   awk '/lib(asan|ubsan|stdc\+\+)\.so/ { printf "%s%s", separator, $3; separator = ":" }')
 # Failing allocations are tested, so they return null instead of ending the process.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONMALLOC=malloc PYTHONPATH="$work/site"
-export RNNKERN_HOST_FLAGS="-fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
+export RNNKERN_HOST_FLAGS="-fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O0"
 LD_PRELOAD=$runtimes python -m pytest "$@"

@@ -360,11 +360,14 @@ void check_layer(int cell, const Shape& shape, int64_t P, const Form& form, Cove
   Layer<T> expected = fresh;
   bool good = expected.run(1);
   for (const int threads : kTeams) {
+    // Awake, threads without a CPU of their own spin in each other's time.
+    sleep_at_once(threads > static_cast<int>(std::thread::hardware_concurrency()));
     Layer<T> actual = fresh;
     good = actual.run(threads) && actual.same_bits(expected) && good;
     coverage.count(actual.forward_plan);
     coverage.count(actual.backward_plan);
   }
+  sleep_at_once(false);
   // And from several threads at once, each with a team of its own. AddressSanitizer has seen all of
   // that by now; races between callers are ThreadSanitizer's to find.
   if (!kAddressSanitizer) {
