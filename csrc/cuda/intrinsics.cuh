@@ -57,19 +57,21 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 //   c: (r, 2q) (r, 2q+1) (r+8, 2q) (r+8, 2q+1)
 //   a: the words (r, q) (r+8, q) (r, q+4) (r+8, q+4);   b: the words (q, r) (q+4, r)
 // where a word of 32 bits is one element of TF32 or two neighbours in K. Needs sm_80; sm_75 has it
-// for __half alone, and in halves of K = 8.
+// for __half alone, and in halves of K = 8. The whole warp comes to it: it is volatile, lest the
+// compiler take it for a function of each lane and move it into a branch that some do not take.
 #if __CUDA_ARCH__ >= 800
-#define RNNKERN_MMA(shape_and_types)                   \
-  asm("mma.sync.aligned." shape_and_types              \
-      " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "       \
-      "{%0,%1,%2,%3};"                                 \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+#define RNNKERN_MMA(shape_and_types)                            \
+  asm volatile("mma.sync.aligned." shape_and_types              \
+               " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "       \
+               "{%0,%1,%2,%3};"                                 \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
 #else
 #define RNNKERN_MMA(shape_and_types) __trap()
 #endif
 __device__ __forceinline__ void mma_of_sm_75(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(b0));

@@ -194,9 +194,12 @@ struct TensorProduct {
       for (int g = 0; g < NG; ++g) {
         uint32_t low[kWords], high[kWords];
         weights(g, k0, low, high);
+        uint4 one, other;  // stored whole, where memcpy to shared memory may go byte by byte
+        memcpy(&one, low, sizeof one);
+        memcpy(&other, high, sizeof other);
         uint4* to = place<NG>(w.data, g, k0);
-        memcpy(to, low, sizeof low);
-        memcpy(to + 32, high, sizeof high);
+        to[0] = one;
+        to[32] = other;
       }
     }
   }

@@ -136,20 +136,26 @@ def integers(
     """Return integers of any type, device and stride as the native core reads them."""
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.shape != shape:
         raise ValueError(f"{name}: expected integers {list(shape)}, got {t.dtype} {list(t.shape)}")
-    return moved(t, device).to(torch.int64).contiguous()
+    return moved(name, t, device).to(torch.int64).contiguous()
 
 
-def moved(t: Tensor, device: torch.device | str) -> Tensor:
+def moved(name: str, t: Tensor, device: torch.device | str) -> Tensor:
     """Return a tensor on a device, where its copy is queued and not waited for.
 
     Pinned memory is read only when the copy's turn comes, and the caller may have written to it by
     then; from pageable memory the driver may wait for its turn. So a pinned copy of our own is
-    sent, which torch's allocator hands on only when it has been read.
+    sent, which torch's allocator hands on only when it has been read. A graph would read that
+    memory again in every replay, when it is others'; so it cannot capture the copy.
     """
     if t.device == torch.device(device):
         return t
     if torch.device(device).type != "cuda" or t.device.type != "cpu":
         return t.to(device)
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{name}: expected on {device} while a CUDA graph is captured, got on cpu"
+            )
     return torch.empty_like(t, pin_memory=True).copy_(t).to(device, non_blocking=True)
 
 

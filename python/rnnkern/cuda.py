@@ -106,7 +106,7 @@ class Cuda(Backend):
             active, offset = check_batch_sizes(a.batch_sizes, s)
             if a.order is None or a.order.device.type == "cpu":
                 order = check_order(a.order, s)
-                order = None if order is None else moved(order, device)
+                order = None if order is None else moved("order", order, device)
             else:
                 order = integers("order", a.order, (s.B,), device).clamp(0, s.B - 1)
         elif a.lengths is not None:
@@ -115,7 +115,7 @@ class Cuda(Backend):
                 lengths = integers("lengths", a.lengths, (s.B,), device)
                 padding = torch.arange(s.T, device=device).unsqueeze(1) >= lengths
         check_resets(a, s)
-        resets = None if a.resets is None else moved(a.resets, device)
+        resets = None if a.resets is None else moved("resets", a.resets, device)
         strides = kernels.time_major_strides(resets, a.batch_first)
         native = (s.T, s.B, *map(address, (active, order, offset, resets)), *strides)
         return Steps((*native, address(lengths)), (active, order, offset, resets, lengths), padding)

@@ -327,6 +327,21 @@ def test_host_tensors_that_steer_the_steps() -> None:
     assert_matches(on_cpu(evaluate(moved)), expected(args), dtype=torch.float64)
 
 
+def test_host_tensors_that_steer_the_steps_cannot_be_captured() -> None:
+    module = rnnkern.LSTM(3, 5).cuda()
+    x = torch.randn(6, 4, 3, device="cuda")
+    steer = {"lengths": torch.tensor([6, 2, 1, 5]), "resets": torch.rand(6, 4) < 0.4}
+    with torch.no_grad():
+        module(x, **steer)
+        for name, value in steer.items():
+            with (
+                pytest.raises(RuntimeError, match=f"{name}: expected on cuda:0 while"),
+                torch.cuda.graph(torch.cuda.CUDAGraph()),
+            ):
+                module(x, **{name: value})
+        module(x, **steer)
+
+
 def test_pinned_tensors_that_steer_may_be_overwritten_after_the_call() -> None:
     module = rnnkern.LSTM(3, 5).cuda()
     x = torch.randn(6, 4, 3, device="cuda")

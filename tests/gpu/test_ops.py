@@ -5,7 +5,8 @@ Every test runs on the CPU too, so that it is known to be right where there is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -69,10 +70,27 @@ def test_a_queued_copy_never_reads_the_callers_memory(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch, "empty_like", pinned_like)
     monkeypatch.setattr(Tensor, "to", lambda t, *_, **options: options["non_blocking"] and t)
-    copied = moved(lengths, "cuda:0")
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    copied = moved("lengths", lengths, "cuda:0")
     lengths.zero_()
     assert copied.tolist() == [3, 1, 2]
     assert pinned == [True]
+
+
+def test_a_graph_captures_no_copy_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[str] = []
+
+    @contextmanager
+    def device(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == ["cuda:1"])
+    with pytest.raises(RuntimeError, match="lengths: expected on cuda:1 while a CUDA graph is"):
+        moved("lengths", torch.tensor([2, 1]), "cuda:1")
 
 
 @cases
