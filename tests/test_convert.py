@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
 from collections import OrderedDict
@@ -251,6 +252,36 @@ def test_what_cannot_be_swapped_is_reported() -> None:
     with pytest.warns(UserWarning, match="Custom"):
         same = rnnkern.convert(custom)
     assert same is custom
+
+
+def test_a_module_that_was_compiled_itself() -> None:
+    """What it compiled is the old module, which would run on, in the mode it had."""
+    theirs, x = nn.LSTM(3, 4, 2, dropout=0.5), torch.randn(5, 2, 3)
+    theirs.compile(backend="eager")
+    theirs(x)
+    with pytest.warns(UserWarning, match="'0' is no longer compiled"):
+        ours = rnnkern.convert(nn.Sequential(theirs))[0]
+    ours.eval()
+    assert torch.equal(ours(x)[0], ours(x)[0])
+    ours(x, lengths=torch.tensor([5, 2]))
+
+
+def test_what_torch_compile_has_already_stays() -> None:
+    theirs = nn.LSTM(3, 4)
+    model = nn.Sequential(torch.compile(theirs, backend="eager"))
+    with pytest.warns(UserWarning, match=r"'0._orig_mod' stays as it is: torch.compile has it"):
+        rnnkern.convert(model)
+    assert model[0]._orig_mod is theirs
+
+
+def test_hooks_of_load_state_dict_get_the_new_module() -> None:
+    seen, model = [], nn.Sequential(nn.LSTM(3, 4))
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(type(module)))
+    state = model.state_dict()
+    rnnkern.convert(model)
+    gc.collect()
+    model.load_state_dict(state)
+    assert seen == [rnnkern.LSTM]
 
 
 def test_our_own_subclasses_need_no_swap() -> None:

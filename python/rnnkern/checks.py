@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from rnnkern.arguments import DIFFERENTIABLE, BackwardInputs, Kept, LayerInputs, Sizes, sizes_of
 from rnnkern.cells import Cell
@@ -124,6 +125,8 @@ def check_lengths(a: LayerInputs, s: Sizes) -> Tensor | None:
     if a.lengths is None:
         return None
     lengths = integers("lengths", a.lengths, (s.B,))
+    if is_batchedtensor(lengths):  # nobody can look at the values that vmap maps over
+        return lengths
     low, high = (int(v) for v in lengths.aminmax()) if s.B else (0, 0)
     if low < 0 or high > s.T:
         raise ValueError(f"lengths: expected values in [0, {s.T}], got {low}..{high}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from typing import TypeVar
+import weakref
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -36,9 +39,20 @@ def _swap(module: nn.Module) -> nn.Module:
     """Return rnnkern's module with the very parameters, buffers, hooks and settings of torch's."""
     new = _REPLACEMENTS[type(module)].__new__(_REPLACEMENTS[type(module)])
     new.__dict__.update(module.__dict__)
+    new.__dict__.pop("_compiled_call_impl", None)  # which calls the old module
+    hooks: Iterable[Any] = new._load_state_dict_pre_hooks.values()
+    for hook in hooks:
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
     if isinstance(new, modules.GRU):
         new.reset_after = True
     return new
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether this is what torch.compile makes of a module; it goes on calling that one."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def convert(model: ModuleT) -> ModuleT:
@@ -62,7 +76,7 @@ def convert(model: ModuleT) -> ModuleT:
     -----
     UserWarning
         For each recurrent module that stays as it is (a subclass of torch's, say), with its name
-        and why.
+        and why, and for each that was compiled by its own ``compile()``, which is undone.
 
     Raises
     ------
@@ -73,21 +87,28 @@ def convert(model: ModuleT) -> ModuleT:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     swapped: dict[nn.Module, nn.Module] = {}
 
-    def replacement(name: str, module: nn.Module) -> nn.Module:
+    def replacement(name: str, module: nn.Module, parent: nn.Module | None = None) -> nn.Module:
         if module in swapped:
             return swapped[module]
         ours = isinstance(module, modules._Recurrent | modules._Cell)
         if ours or not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return module
         obstacle = _obstacle(module)
+        if parent is not None and _is_compiled(parent):
+            obstacle = "torch.compile has it; convert first"
         if obstacle is not None:
             warnings.warn(f"rnnkern.convert: '{name}' stays as it is: {obstacle}", stacklevel=3)
             return module
+        if module._compiled_call_impl is not None:
+            warnings.warn(
+                f"rnnkern.convert: '{name}' is no longer compiled; compile it again", stacklevel=3
+            )
         swapped[module] = _swap(module)
         return swapped[module]
 
     for prefix, parent in list(model.named_modules()):
         for name, child in list(parent._modules.items()):
             if child is not None:
-                parent._modules[name] = replacement(f"{prefix}.{name}" if prefix else name, child)
+                full = f"{prefix}.{name}" if prefix else name
+                parent._modules[name] = replacement(full, child, parent)
     return replacement("model", model)  # type: ignore[return-value]

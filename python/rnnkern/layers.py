@@ -91,11 +91,15 @@ def missing_kernel(input: Tensor, cell: Cell, projects: bool) -> str | None:
         reason: str | None = cuda.missing(input.device.index or 0, stages)
         if reason is not None:
             return reason
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    if _transforms():
         return "torch.func transforms and forward-mode AD differentiate plain torch operations"
     return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transforms() -> bool:
+    """Return whether a transform is active; torch.compile asks while it traces and guards that."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def run(
@@ -195,6 +199,8 @@ def run(
         one_step=one_step,
     )
     if packed is not None:
+        if packed.sorted_indices is None and packed.unsorted_indices is not None:  # made by hand
+            finals = tuple(s.index_select(1, packed.unsorted_indices) for s in finals)
         return (
             PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices),
             finals,
@@ -342,9 +348,9 @@ def _direction(structure: Structure, tensors: Sequence[Tensor]) -> Direction:
 
 
 def autocasts(data: Tensor) -> bool:
-    """Return whether autocast applies; float64 and meta tensors it leaves alone."""
-    kind = data.device.type
-    return data.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
+    """Return whether autocast applies; it leaves float64, other kinds and meta tensors alone."""
+    kind, narrows = data.device.type, data.is_floating_point() and data.dtype != torch.float64
+    return narrows and kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def autocast_dtype(data: Tensor) -> torch.dtype:

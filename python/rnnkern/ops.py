@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rnnkern import cpu, cuda
 from rnnkern.arguments import (
@@ -127,7 +128,20 @@ def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> tuple[Tensor
     return output
 
 
+def _refuse_tangents(op: str, args: tuple[Any, ...]) -> None:
+    """Raise NotImplementedError for an input of forward-mode AD, whose tangent would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for t in args:
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"rnnkern::{op} has no forward-mode derivative; call the module or rnnkern.ops "
+                "inside of the dual level or torch.func transform, where plain operations run"
+            )
+
+
 def _layer_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+    _refuse_tangents("layer", args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         outputs: tuple[Tensor, ...] = _LayerFunction.apply(keyset, *args)  # type: ignore[no-untyped-call]
         return outputs
@@ -200,6 +214,7 @@ class _LayerBackwardFunction(torch.autograd.Function):
 
 
 def _layer_backward_autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+    _refuse_tangents("layer_backward", args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         outputs: tuple[Tensor, ...] = _LayerBackwardFunction.apply(keyset, *args)  # type: ignore[no-untyped-call]
         return outputs

@@ -52,6 +52,18 @@ def test_vmap_over_inputs(cell: str) -> None:
 
 
 @cells
+def test_vmap_over_lengths(cell: str) -> None:
+    weights, x = weights_for(cell, 3, 4, 2), torch.randn(3, 6, 2, 3, dtype=DTYPE)
+    lengths = torch.tensor([[6, 2], [1, 1], [3, 0]])
+
+    def run(v: Tensor, own: Tensor) -> Tensor:
+        return outputs(cell, v, weights, bidirectional=True, lengths=own)
+
+    looped = torch.stack([run(v, own) for v, own in zip(x, lengths, strict=True)])
+    assert_close(vmap(run)(x, lengths), looped, kind="output")
+
+
+@cells
 def test_vmap_over_weights_and_states(cell: str) -> None:
     """An ensemble: every model has its own weights and state, all see the same input."""
     x = torch.randn(6, 2, 3, dtype=DTYPE)

@@ -82,11 +82,19 @@ def test_complex_modules(name: str) -> None:
 
 
 @layers
-def test_integer_input_is_refused(name: str) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64], ids=str)
+def test_input_of_another_kind_is_refused(name: str, dtype: torch.dtype, autocast: bool) -> None:
     made = pair(name, 5, 7)
-    x = torch.zeros(6, 3, 5, dtype=torch.int32)
-    theirs, ours = (outcome(lambda m=module: m(x)) for module in made)
-    assert_same_error(ours, theirs)
+    x = torch.zeros(6, 3, 5, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        theirs, ours = (outcome(lambda m=module: m(x)) for module in made)
+    if autocast:  # torch has cast the weights before it sees
+        for found in (theirs, ours):
+            assert isinstance(found.error, RuntimeError)
+            assert str(found.error).startswith("mat1 and mat2 must have the same dtype, but got")
+    else:
+        assert_same_error(ours, theirs)
 
 
 @layers

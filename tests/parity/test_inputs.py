@@ -215,6 +215,19 @@ def test_packed(name: str, extra: dict[str, Any], lengths: str, both: bool, give
     assert_same_layout(outputs[1].data, outputs[0].data, "packed data")
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+@kinds
+def test_packed_that_only_tells_the_way_back(
+    name: str, extra: dict[str, Any], both: bool, given: bool
+) -> None:
+    """Made by hand: the state is that of sorted rows, the final states are not sorted."""
+    made = pair(name, 5, 7, 2, bidirectional=both, **extra)
+    whole = random_packed([3, 5, 1, 4], 5)
+    packed = PackedSequence(whole.data, whole.batch_sizes, unsorted_indices=whole.unsorted_indices)
+    assert_parity(made, packed, random_state(made[0], 4) if given else None)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_packed_ignores_the_layers_batch_first(name: str, batch_first: bool) -> None:
