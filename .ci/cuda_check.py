@@ -108,6 +108,13 @@ def read_ptx(target: Path) -> tuple[int, list[str]]:
     return len(entries), faults
 
 
+def find_kept(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the PTX of each type's file that a build kept, and which types have none."""
+    kept = {kind: sorted(folder.glob(f"{kind}.*ptx")) for kind in TYPES}
+    missing = [f"{folder}: no {kind}.*ptx of nvcc --keep" for kind in TYPES if not kept[kind]]
+    return [path for paths in kept.values() for path in paths], missing
+
+
 def read_libraries() -> list[str]:
     """Return what is wrong in how the installed module is linked.
 
@@ -157,11 +164,9 @@ def main() -> int:
         ptx = [job.result() for job in made]
         wrong, read, count = [], 0, 0
         if options.built:
+            kept, wrong = find_kept(options.built)
+            ptx += kept
             wrong += read_libraries()
-            for kind in TYPES:
-                kept = sorted(options.built.glob(f"{kind}.*ptx"))
-                wrong += [] if kept else [f"{options.built}: no {kind}.*ptx of nvcc --keep"]
-                ptx += kept
         for target in ptx:
             kernels_read, faults = read_ptx(target)
             read += kernels_read

@@ -41,7 +41,7 @@ def _swap(module: nn.Module) -> nn.Module:
     new.__dict__.update(module.__dict__)
     new.__dict__.pop("_compiled_call_impl", None)  # which calls the old module
     hooks: Iterable[Any] = new._load_state_dict_pre_hooks.values()
-    for hook in hooks:
+    for hook in hooks:  # torch's wrapper of one refers to the module weakly
         if getattr(hook, "with_module", False):
             hook.module = weakref.ref(new)
     if isinstance(new, modules.GRU):

@@ -26,6 +26,7 @@ from rnnkern.functional import recurrent
 from rnnkern.ops import DIFFERENTIABLE, LayerInputs
 from tolerances import assert_close
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 
 DTYPE = torch.float64
@@ -334,6 +335,20 @@ def test_double_backward_is_the_references() -> None:
     found = torch.autograd.grad(penalty(args, run_op), args.w_hh)
     wanted = torch.autograd.grad(penalty(args, reference_layer), args.w_hh)
     assert_close(found[0], wanted[0], kind="gradient")
+
+
+@cells
+@pytest.mark.parametrize("name", ["input", "w_hh"])
+def test_the_operator_refuses_a_tangent(cell: str, name: str) -> None:
+    """Its kernels would lose it."""
+    args = build(Case(cell))
+    wanted = run_op(args)
+    with forward_ad.dual_level():
+        t = getattr(args, name)
+        dual = args._replace(**{name: forward_ad.make_dual(t, t.cos())})
+        with pytest.raises(NotImplementedError, match="rnnkern::layer has no forward-mode deriv"):
+            run_op(dual)
+        assert all(map(torch.equal, run_op(args), wanted))  # without one, it runs
 
 
 def test_functional_form_is_traceable() -> None:
